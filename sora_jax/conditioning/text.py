@@ -1,0 +1,85 @@
+"""A small text encoder, trained with the denoiser."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from sora_jax.conditioning.tokenizer import NULL_ID
+from sora_jax.nn import layers
+from sora_jax.nn.attention import attend
+from sora_jax.types import Array, TokenBatch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig:
+  """`max_tokens` bounds one caption; longer captions are cut."""
+
+  vocab_size: int = 1024
+  max_tokens: int = 64
+  width: int = 128
+  depth: int = 1
+  heads: int = 4
+
+  def __post_init__(self):
+    if self.width % (2 * self.heads):
+      raise ValueError(f"text.width={self.width} must be an even multiple of text.heads={self.heads}")
+
+
+class TextBlock(nnx.Module):
+  """Pre-norm bidirectional transformer block."""
+
+  def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+    self.heads = heads
+    self.qkv = layers.Linear(width, 3 * width, logical=("embed", "heads"), rngs=rngs)
+    self.out = layers.Linear(width, width, logical=("heads", "embed"), rngs=rngs)
+    self.mlp = layers.Mlp(width, 4 * width, width, rngs=rngs)
+
+  def __call__(self, x: Array, segment_BM: Array) -> Array:
+    q, k, v = (
+      rearrange(a, "b m (k s) -> b m k s", k=self.heads)
+      for a in jnp.split(self.qkv(layers.layer_norm(x)), 3, axis=-1)
+    )
+    out = attend(q, k, v, segment_BM, segment_BM)
+    x = x + self.out(rearrange(out, "b m k s -> b m (k s)"))
+    return x + self.mlp(layers.layer_norm(x))
+
+
+class TextEncoder(nnx.Module):
+  """Packed token ids -> features of every token and one pooled vector a sample."""
+
+  def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    self.table = layers.param(rngs, (config.vocab_size, config.width), ("vocab", "embed"), std=1.0)
+    self.position = layers.param(rngs, (config.max_tokens, config.width), (None, "embed"), std=0.1)
+    self.blocks = nnx.List([TextBlock(config.width, config.heads, rngs=rngs) for _ in range(config.depth)])
+
+  def __call__(self, batch: TokenBatch) -> tuple[Array, Array]:
+    """Returns text_BMD (fp32) and pooled_BND, the mean over each sample's tokens."""
+    segment = batch.text_segment_BM
+    place = jnp.minimum(place_in_segment(segment), self.config.max_tokens - 1)
+    x = self.table[...][batch.text_ids_BM] + self.position[...][place]
+    for block in self.blocks:
+      x = block(x, segment)
+    x = layers.layer_norm(x)
+    one_hot = layers.slot_one_hot(segment, batch.fps_BN.shape[1] + 1)[..., 1:]
+    total = jnp.einsum("bmn,bmd->bnd", one_hot, x)
+    return x, total / jnp.maximum(one_hot.sum(axis=1), 1)[..., None]
+
+
+def place_in_segment(segment_BM: Array) -> Array:
+  """0, 1, 2, ... within each contiguous run of equal segments."""
+  index = jnp.arange(segment_BM.shape[1])
+  starts = jnp.concatenate(
+    [jnp.ones_like(segment_BM[:, :1], bool), segment_BM[:, 1:] != segment_BM[:, :-1]], axis=1
+  )
+  return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def drop_captions(batch: TokenBatch, drop_BN: Array) -> TokenBatch:
+  """Replaces the text of the samples in `drop_BN` by [NULL] tokens, as the unconditional pass of guidance sees it."""
+  one_hot = layers.slot_one_hot(batch.text_segment_BM, drop_BN.shape[1] + 1)[..., 1:]
+  drop_BM = jnp.einsum("bmn,bn->bm", one_hot, drop_BN.astype(jnp.float32)) > 0
+  return dataclasses.replace(batch, text_ids_BM=jnp.where(drop_BM, NULL_ID, batch.text_ids_BM))
