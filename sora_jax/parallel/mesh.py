@@ -69,7 +69,7 @@ def batch_sharding(mesh: Mesh, batch, *, leading: int = 0):
     if rows % data:
       raise ValueError(
         f"{rows} rows per (micro-)batch do not divide over the {data} devices of mesh axes {ROW_AXES}; make "
-        f"data.rows a multiple of {data} times the accumulation, or give devices to the axes context or tensor"
+        f"data.rows a multiple of {data} times the accumulation, or give devices to context or tensor"
       )
     dims = [None] * leading + [ROW_AXES]
     if name in TOKEN_FIELDS and x.shape[leading + 1] % mesh.shape["context"] == 0:

@@ -34,7 +34,7 @@ def logical_names(variable: nnx.Variable) -> tuple[str | None, ...] | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rules:
-  """Which mesh axis each logical axis is split over; an absent name, or a dim that does not divide, is not."""
+  """Which mesh axis each logical axis is split over; absent names and dims that do not divide are not."""
 
   table: tuple[tuple[str, str | None], ...] = (
     ("embed", "fsdp"),
