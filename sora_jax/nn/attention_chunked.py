@@ -1,0 +1,216 @@
+"""Chunked, segment-skipping attention in plain XLA, with its own backward pass. Runs on any device.
+
+Samples are contiguous runs of a row, so the queries of one block need one contiguous range of keys. Each query
+block walks that range in chunks with an online softmax (Milakov and Gimelshein 2018; Rabe and Staats 2021,
+arXiv:2112.05682; the backward pass is that of Dao et al. 2022, arXiv:2205.14135). Keys outside the range are
+never read, so the cost is that of the live tiles and memory is linear in the row length.
+
+Rows are walked one after another, not vmapped: under vmap every row would run as many chunks as the longest.
+"""
+
+import functools
+import math
+
+import jax
+import jax.ad_checkpoint
+import jax.numpy as jnp
+from jax import lax
+
+from sora_jax.types import PADDING, Array
+
+# Finite stand-ins for minus infinity. A masked score lies below the initial running maximum, hence
+# exp(score - maximum) is exactly 0 even for a query that has met no key yet.
+_MASKED = -1e30
+_LOWEST = -1e29
+
+
+def key_ranges(q_segment_BL: Array, k_segment_BM: Array, block_q: int) -> tuple[Array, Array]:
+  """First key and number of keys from there that each query block needs, int32 [B, blocks]; 0 keys if none.
+
+  Exact for any order of the segments (the range covers what lies between); ids must not exceed L.
+  """
+  B, L = q_segment_BL.shape
+  M = k_segment_BM.shape[1]
+
+  def of_row(q_segment_L, k_segment_M):
+    position_M = jnp.arange(M, dtype=jnp.int32)
+    first = jnp.full(L + 1, M, jnp.int32).at[k_segment_M].min(position_M, mode="drop")
+    stop = jnp.zeros(L + 1, jnp.int32).at[k_segment_M].max(position_M + 1, mode="drop")
+    real_L = q_segment_L != PADDING
+    return jnp.where(real_L, first[q_segment_L], M), jnp.where(real_L, stop[q_segment_L], 0)
+
+  first_BL, stop_BL = jax.vmap(of_row)(q_segment_BL, k_segment_BM)
+  tail = ((0, 0), (0, -L % block_q))
+  first = jnp.pad(first_BL, tail, constant_values=M).reshape(B, -1, block_q).min(-1)
+  stop = jnp.pad(stop_BL, tail).reshape(B, -1, block_q).max(-1)
+  return first, jnp.maximum(stop - first, 0)
+
+
+def num_tiles(q_segment_BL: Array, k_segment_BM: Array, *, block_q: int, block_k: int) -> Array:
+  """Live tiles of a batch: what attend_chunked computes, of ceil(L / block_q) * ceil(M / block_k) per row."""
+  _, length = key_ranges(q_segment_BL, k_segment_BM, block_q)
+  return ((length + block_k - 1) // block_k).sum()
+
+
+def attend_chunked(
+  q_BLKS: Array,
+  k_BMKS: Array,
+  v_BMKS: Array,
+  q_segment_BL: Array,
+  k_segment_BM: Array,
+  *,
+  block_q: int = 256,
+  block_k: int = 512,
+) -> Array:
+  """Attention within segments; a query without keys (padding included) yields 0 and has no gradient."""
+  block_q = min(block_q, _round_up(q_BLKS.shape[1], 8))
+  block_k = min(block_k, _round_up(k_BMKS.shape[1], 8))
+  return _attend(q_BLKS, k_BMKS, v_BMKS, q_segment_BL, k_segment_BM, block_q, block_k)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(q_BLKS, k_BMKS, v_BMKS, q_segment_BL, k_segment_BM, block_q, block_k):
+  return _forward(q_BLKS, k_BMKS, v_BMKS, q_segment_BL, k_segment_BM, block_q, block_k)[0]
+
+
+def _attend_fwd(q_BLKS, k_BMKS, v_BMKS, q_segment_BL, k_segment_BM, block_q, block_k):
+  o_BLKS, lse_BKL = _forward(q_BLKS, k_BMKS, v_BMKS, q_segment_BL, k_segment_BM, block_q, block_k)
+  # Named here, inside the rule, so that a remat policy which saves them drops the forward loop from the
+  # backward pass.
+  o_BLKS = jax.ad_checkpoint.checkpoint_name(o_BLKS, "attention_o")
+  lse_BKL = jax.ad_checkpoint.checkpoint_name(lse_BKL, "attention_lse")
+  return o_BLKS, (q_BLKS, k_BMKS, v_BMKS, q_segment_BL, k_segment_BM, o_BLKS, lse_BKL)
+
+
+def _forward(q_BLKS, k_BMKS, v_BMKS, q_segment_BL, k_segment_BM, block_q, block_k):
+  B, L, K, S = q_BLKS.shape
+  q = _heads_first(q_BLKS, q_segment_BL, -L % block_q)
+  k, v = (_heads_first(x, k_segment_BM, block_k) for x in (k_BMKS, v_BMKS))
+  q_segment, k_segment = _pad(q_segment_BL, -L % block_q), _pad(k_segment_BM, block_k)
+  first, length = key_ranges(q_segment_BL, k_segment_BM, block_q)
+
+  def query_block(_, tile):
+    row, start, first_key, num_keys = tile
+    q_KqS = _slice_tokens(q, row, start, block_q)
+    segment_q = _slice_segment(q_segment, row, start, block_q)
+
+    def chunk(j, carry):
+      maximum_Kq, total_Kq, o_KqS = carry
+      at = first_key + j * block_k
+      k_KkS, v_KkS = (_slice_tokens(x, row, at, block_k) for x in (k, v))
+      score_Kqk = _scores(q_KqS, k_KkS, segment_q, _slice_segment(k_segment, row, at, block_k))
+      new_maximum_Kq = jnp.maximum(maximum_Kq, score_Kqk.max(-1))
+      p_Kqk = jnp.exp(score_Kqk - new_maximum_Kq[..., None])
+      shrink_Kq = jnp.exp(maximum_Kq - new_maximum_Kq)
+      o_KqS = o_KqS * shrink_Kq[..., None] + _dot("Kqk,KkS->KqS", p_Kqk.astype(v.dtype), v_KkS)
+      return new_maximum_Kq, total_Kq * shrink_Kq + p_Kqk.sum(-1), o_KqS
+
+    # Softmax statistics and sums in fp32: they run over the whole sample.
+    start_carry = (
+      jnp.full((K, block_q), _LOWEST, jnp.float32),
+      jnp.zeros((K, block_q), jnp.float32),
+      jnp.zeros((K, block_q, S), jnp.float32),
+    )
+    maximum, total, o = lax.fori_loop(0, (num_keys + block_k - 1) // block_k, chunk, start_carry)
+    live = total > 0
+    safe_total = jnp.where(live, total, 1.0)
+    o = jnp.where(live[..., None], o / safe_total[..., None], 0.0)
+    lse = jnp.where(live, maximum + jnp.log(safe_total), 0.0)
+    return None, (o.astype(q_BLKS.dtype), lse)
+
+  _, (o, lse) = lax.scan(query_block, None, _tile_list(first, length, block_q))
+  return _tokens_first(o, B, L), lse.reshape(B, -1, K, block_q).transpose(0, 2, 1, 3).reshape(B, K, -1)
+
+
+def _attend_bwd(block_q, block_k, residuals, do_BLKS):
+  q_BLKS, k_BMKS, v_BMKS, q_segment_BL, k_segment_BM, o_BLKS, lse_BKL = residuals
+  B, L, K, S = q_BLKS.shape
+  M = k_BMKS.shape[1]
+  q, do, o = (_heads_first(x, q_segment_BL, -L % block_q) for x in (q_BLKS, do_BLKS, o_BLKS))
+  k, v = (_heads_first(x, k_segment_BM, block_k) for x in (k_BMKS, v_BMKS))
+  q_segment, k_segment = _pad(q_segment_BL, -L % block_q), _pad(k_segment_BM, block_k)
+  first, length = key_ranges(q_segment_BL, k_segment_BM, block_q)
+  delta_BKL = (do.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1)
+
+  def query_block(carry, tile):
+    row, start, first_key, num_keys = tile
+    q_KqS, do_KqS = (_slice_tokens(x, row, start, block_q) for x in (q, do))
+    lse_Kq, delta_Kq = (lax.dynamic_slice(x, (row, 0, start), (1, K, block_q))[0] for x in (lse_BKL, delta_BKL))
+    segment_q = _slice_segment(q_segment, row, start, block_q)
+
+    def chunk(j, carry):
+      dq_KqS, dk, dv = carry
+      at = first_key + j * block_k
+      k_KkS, v_KkS = (_slice_tokens(x, row, at, block_k) for x in (k, v))
+      score_Kqk = _scores(q_KqS, k_KkS, segment_q, _slice_segment(k_segment, row, at, block_k))
+      p_Kqk = jnp.exp(score_Kqk - lse_Kq[..., None])
+      dp_Kqk = _dot("KqS,KkS->Kqk", do_KqS, v_KkS)
+      ds_Kqk = (p_Kqk * (dp_Kqk - delta_Kq[..., None]) * (1 / math.sqrt(S))).astype(q.dtype)
+      dv = _add_tokens(dv, row, at, _dot("Kqk,KqS->KkS", p_Kqk.astype(do.dtype), do_KqS))
+      dk = _add_tokens(dk, row, at, _dot("Kqk,KqS->KkS", ds_Kqk, q_KqS))
+      return dq_KqS + _dot("Kqk,KkS->KqS", ds_Kqk, k_KkS), dk, dv
+
+    dq0 = jnp.zeros((K, block_q, S), jnp.float32)
+    dq, dk, dv = lax.fori_loop(0, (num_keys + block_k - 1) // block_k, chunk, (dq0, *carry))
+    return (dk, dv), dq.astype(q.dtype)
+
+  # Sums over query blocks: fp32 so that bf16 inputs lose nothing on the way.
+  zeros = jnp.zeros((B, K, M + block_k, S), jnp.float32)
+  (dk, dv), dq = lax.scan(query_block, (zeros, zeros), _tile_list(first, length, block_q))
+  dk, dv = (x[:, :, :M].transpose(0, 2, 1, 3).astype(k_BMKS.dtype) for x in (dk, dv))
+  return _tokens_first(dq, B, L), dk, dv, None, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _scores(q_KqS, k_KkS, segment_q, segment_k):
+  live_qk = (segment_q[:, None] == segment_k[None, :]) & (segment_q != PADDING)[:, None]
+  score_Kqk = _dot("KqS,KkS->Kqk", q_KqS, k_KkS) * (1 / math.sqrt(q_KqS.shape[-1]))
+  return jnp.where(live_qk, score_Kqk, _MASKED)
+
+
+def _dot(pattern, a, b):
+  return jnp.einsum(pattern, a, b, preferred_element_type=jnp.float32)
+
+
+def _tile_list(first, length, block_q):
+  B, num_blocks = first.shape
+  row = jnp.repeat(jnp.arange(B, dtype=jnp.int32), num_blocks)
+  start = jnp.tile(jnp.arange(num_blocks, dtype=jnp.int32) * block_q, B)
+  return row, start, first.reshape(-1), length.reshape(-1)
+
+
+def _heads_first(x_BLKS, segment_BL, pad):
+  """[B, K, L + pad, S], with zeros for padding tokens: 0 * NaN there would reach the samples beside them."""
+  x_BLKS = jnp.where((segment_BL != PADDING)[..., None, None], x_BLKS, 0)
+  return jnp.pad(x_BLKS.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, pad), (0, 0)))
+
+
+def _tokens_first(x_wKqS, rows, tokens):
+  """Blocks in the order of the tile list -> [B, L, K, S]."""
+  _, K, block, S = x_wKqS.shape
+  return x_wKqS.reshape(rows, -1, K, block, S).transpose(0, 1, 3, 2, 4).reshape(rows, -1, K, S)[:, :tokens]
+
+
+def _pad(segment_BL, pad):
+  return jnp.pad(segment_BL, ((0, 0), (0, pad)), constant_values=PADDING)
+
+
+def _slice_tokens(x_BKLS, row, start, size):
+  _, K, _, S = x_BKLS.shape
+  return lax.dynamic_slice(x_BKLS, (row, 0, start, 0), (1, K, size, S))[0]
+
+
+def _slice_segment(segment_BL, row, start, size):
+  return lax.dynamic_slice(segment_BL, (row, start), (1, size))[0]
+
+
+def _add_tokens(x_BKLS, row, start, update_KkS):
+  _, K, _, S = x_BKLS.shape
+  old = lax.dynamic_slice(x_BKLS, (row, 0, start, 0), (1, *update_KkS.shape))
+  return lax.dynamic_update_slice(x_BKLS, old + update_KkS[None], (row, 0, start, 0))
+
+
+def _round_up(n: int, multiple: int) -> int:
+  return -(-n // multiple) * multiple
