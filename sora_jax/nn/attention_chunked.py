@@ -1,9 +1,9 @@
 """Chunked, segment-skipping attention in plain XLA, with its own backward pass. Runs on any device.
 
-Samples are contiguous runs of a row, so the queries of one block need one contiguous range of keys. Each query
-block walks that range in chunks with an online softmax (Milakov and Gimelshein 2018; Rabe and Staats 2021,
-arXiv:2112.05682; the backward pass is that of Dao et al. 2022, arXiv:2205.14135). Keys outside the range are
-never read, so the cost is that of the live tiles and memory is linear in the row length.
+Samples are contiguous runs of a row, so the queries of one block need one contiguous range of keys. Each
+query block walks that range in chunks with an online softmax (Milakov and Gimelshein 2018; Rabe and Staats
+2021, arXiv:2112.05682; the backward pass is that of Dao et al. 2022, arXiv:2205.14135). Keys outside the range
+are never read, so the cost is that of the live tiles and memory is linear in the row length.
 
 Rows are walked one after another, not vmapped: under vmap every row would run as many chunks as the longest.
 """
@@ -25,25 +25,22 @@ _LOWEST = -1e29
 
 
 def key_ranges(q_segment_BL: Array, k_segment_BM: Array, block_q: int) -> tuple[Array, Array]:
-  """First key and number of keys from there that each query block needs, int32 [B, blocks]; 0 keys if none.
+  """First key that each query block needs and the number of keys from there, int32 [B, blocks]; 0 if none.
 
-  Exact for any order of the segments (the range covers what lies between); ids must not exceed L.
+  Exact for segments in order, and still a superset of what is needed for any other order.
   """
   B, L = q_segment_BL.shape
-  M = k_segment_BM.shape[1]
-
-  def of_row(q_segment_L, k_segment_M):
-    position_M = jnp.arange(M, dtype=jnp.int32)
-    first = jnp.full(L + 1, M, jnp.int32).at[k_segment_M].min(position_M, mode="drop")
-    stop = jnp.zeros(L + 1, jnp.int32).at[k_segment_M].max(position_M + 1, mode="drop")
-    real_L = q_segment_L != PADDING
-    return jnp.where(real_L, first[q_segment_L], M), jnp.where(real_L, stop[q_segment_L], 0)
-
-  first_BL, stop_BL = jax.vmap(of_row)(q_segment_BL, k_segment_BM)
-  tail = ((0, 0), (0, -L % block_q))
-  first = jnp.pad(first_BL, tail, constant_values=M).reshape(B, -1, block_q).min(-1)
-  stop = jnp.pad(stop_BL, tail).reshape(B, -1, block_q).max(-1)
-  return first, jnp.maximum(stop - first, 0)
+  last = jnp.iinfo(jnp.int32).max
+  blocks = _pad(q_segment_BL, -L % block_q).reshape(B, -1, block_q)
+  lowest = jnp.where(blocks == PADDING, last, blocks).min(-1)
+  highest = blocks.max(-1)
+  # Both bounds ascend, whatever the order of the segments: that is what the binary searches need.
+  upper_BM = lax.cummax(k_segment_BM, axis=1)
+  lower_BM = lax.cummin(jnp.where(k_segment_BM == PADDING, last, k_segment_BM), axis=1, reverse=True)
+  first = jax.vmap(functools.partial(jnp.searchsorted, side="left"))(upper_BM, lowest)
+  stop = jax.vmap(functools.partial(jnp.searchsorted, side="right"))(lower_BM, highest)
+  length = jnp.where(highest == PADDING, 0, jnp.maximum(stop - first, 0))
+  return first.astype(jnp.int32), length.astype(jnp.int32)
 
 
 def num_tiles(q_segment_BL: Array, k_segment_BM: Array, *, block_q: int, block_k: int) -> Array:
@@ -135,7 +132,10 @@ def _attend_bwd(block_q, block_k, residuals, do_BLKS):
   def query_block(carry, tile):
     row, start, first_key, num_keys = tile
     q_KqS, do_KqS = (_slice_tokens(x, row, start, block_q) for x in (q, do))
-    lse_Kq, delta_Kq = (lax.dynamic_slice(x, (row, 0, start), (1, K, block_q))[0] for x in (lse_BKL, delta_BKL))
+    of_block = functools.partial(
+      lax.dynamic_slice, start_indices=(row, 0, start), slice_sizes=(1, K, block_q)
+    )
+    lse_Kq, delta_Kq = of_block(lse_BKL)[0], of_block(delta_BKL)[0]
     segment_q = _slice_segment(q_segment, row, start, block_q)
 
     def chunk(j, carry):

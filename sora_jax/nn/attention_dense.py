@@ -13,10 +13,11 @@ def attend_dense(
 ) -> Array:
   """Attention within segments; a query without keys (padding included) yields 0 and has no gradient."""
   # Zeros for padding tokens: 0 * NaN there would reach the samples beside them.
-  q_real_BL11, k_real_BM11 = ((s != PADDING)[..., None, None] for s in (q_segment_BL, k_segment_BM))
-  q_BLKS = jnp.where(q_real_BL11, q_BLKS, 0)
-  k_BMKS, v_BMKS = jnp.where(k_real_BM11, k_BMKS, 0), jnp.where(k_real_BM11, v_BMKS, 0)
-  live_B1LM = (q_segment_BL[:, :, None] == k_segment_BM[:, None, :])[:, None] & q_real_BL11[..., 0].mT[..., None]
+  q_real_BL, k_real_BM = q_segment_BL != PADDING, k_segment_BM != PADDING
+  q_BLKS = jnp.where(q_real_BL[..., None, None], q_BLKS, 0)
+  k_BMKS, v_BMKS = (jnp.where(k_real_BM[..., None, None], x, 0) for x in (k_BMKS, v_BMKS))
+  same_BLM = (q_segment_BL[:, :, None] == k_segment_BM[:, None, :]) & q_real_BL[:, :, None]
+  live_B1LM = same_BLM[:, None]
   # Softmax in fp32: its sum runs over the whole row.
   score_BKLM = jnp.einsum("BLKS,BMKS->BKLM", q_BLKS, k_BMKS, preferred_element_type=jnp.float32)
   score_BKLM = jnp.where(live_B1LM, score_BKLM * (1 / math.sqrt(q_BLKS.shape[-1])), -1e30)
