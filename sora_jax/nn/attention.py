@@ -1,9 +1,9 @@
 """The one entry to attention: picks a backend, and lays the work out on the mesh.
 
 On a mesh of several devices, as set by `jax.set_mesh` around the call or around the jitted function,
-attention runs inside `jax.shard_map`: rows split over (replica, fsdp), heads over (tensor, context), all tokens
-of a row on one device. Activations that come in with their tokens split over context are thereby exchanged by
-an all-to-all before and after (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv:2309.14509), and no loop of a
+attention runs inside `jax.shard_map`: rows split over (replica, fsdp), heads over (tensor, context), all
+tokens of a row on one device. Activations that come in with their tokens split over context are exchanged by an
+all-to-all before and after (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv:2309.14509), and no loop of a
 backend ever meets split tokens. Axes that do not divide the rows or heads repeat the work instead. Without a
 mesh in force nothing is wrapped, so a program over several devices must set one.
 """

@@ -2,8 +2,8 @@
 
 Samples are contiguous runs of a row, so the queries of one block need one contiguous range of keys. Each
 query block walks that range in chunks with an online softmax (Milakov and Gimelshein 2018; Rabe and Staats
-2021, arXiv:2112.05682; the backward pass is that of Dao et al. 2022, arXiv:2205.14135). Keys outside the range
-are never read, so the cost is that of the live tiles and memory is linear in the row length.
+2021, arXiv:2112.05682; the backward pass is that of Dao et al. 2022, arXiv:2205.14135). Keys outside the
+range are never read, so the cost is that of the live tiles and memory is linear in the row length.
 
 Rows are walked one after another, not vmapped: under vmap every row would run as many chunks as the longest.
 """
