@@ -1,0 +1,72 @@
+"""Samples into rows of fixed size."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from sora_jax.packing.geometry import Grid, positions
+from sora_jax.types import BatchSpec, TokenBatch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedSample:
+  """One sample as tokens, ready to be placed in a row."""
+
+  tokens_LC: np.ndarray
+  grid: Grid
+  sample_id: int
+  text_ids: Sequence[int] = ()
+  fps: float = 0.0
+  label: int = -1
+  given_L: np.ndarray | None = None
+  position_L3: np.ndarray | None = None  # of `grid` where None
+
+
+def share_text(counts: Sequence[int], capacity: int) -> list[int]:
+  """Text tokens each caption may keep: all where they fit, else the longest give way first, evenly."""
+  kept, left = [0] * len(counts), capacity
+  for place, i in enumerate(sorted(range(len(counts)), key=lambda i: counts[i])):
+    kept[i] = min(counts[i], left // (len(counts) - place))
+    left -= kept[i]
+  return kept
+
+
+def pack_row(samples: Sequence[PackedSample], spec: BatchSpec, *, unreadable: int = 0) -> TokenBatch:
+  """One row (B = 1) of the samples in order; what they leave is padding.
+
+  Captions that do not fit into the row's text tokens are cut as `share_text` says, at the end.
+  """
+  row = spec.zeros(1)
+  total = sum(len(s.tokens_LC) for s in samples)
+  if total > spec.tokens or len(samples) > spec.samples:
+    raise ValueError(
+      f"{len(samples)} samples of {total} tokens do not fit a row of "
+      f"{spec.samples} samples and {spec.tokens} tokens"
+    )
+  token, text = 0, 0
+  kept = share_text([len(s.text_ids) for s in samples], spec.text_tokens)
+  for slot, (sample, num_text) in enumerate(zip(samples, kept)):
+    span = slice(token, token + len(sample.tokens_LC))
+    row.tokens_BLC[0, span] = sample.tokens_LC
+    row.segment_BL[0, span] = slot + 1
+    row.position_BL3[0, span] = positions(sample.grid) if sample.position_L3 is None else sample.position_L3
+    if sample.given_L is not None:
+      row.given_BL[0, span] = sample.given_L
+    text_span = slice(text, text + num_text)
+    row.text_ids_BM[0, text_span] = sample.text_ids[:num_text]
+    row.text_segment_BM[0, text_span] = slot + 1
+    row.grid_BN3[0, slot] = sample.grid
+    row.fps_BN[0, slot] = sample.fps
+    row.label_BN[0, slot] = sample.label
+    row.sample_id_BN[0, slot] = sample.sample_id
+    token, text = span.stop, text_span.stop
+  row.unreadable_B[0] = unreadable
+  return row
+
+
+def stack_rows(rows: Sequence[TokenBatch]) -> TokenBatch:
+  """Rows, or batches of rows, one after another."""
+  return TokenBatch(
+    **{f.name: np.concatenate([getattr(row, f.name) for row in rows]) for f in dataclasses.fields(TokenBatch)}
+  )
