@@ -2,8 +2,8 @@
 
 On a mesh of several devices, as set by `jax.set_mesh` around the call or around the jitted function,
 attention runs inside `jax.shard_map`: rows split over (replica, fsdp), heads over (tensor, context), all
-tokens of a row on one device. Activations that come in with their tokens split over context are exchanged by an
-all-to-all before and after (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv:2309.14509), and no loop of a
+tokens of a row on one device. Activations that come in with their tokens split over context are exchanged by
+an all-to-all before and after (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv:2309.14509), and no loop of a
 backend ever meets split tokens. Axes that do not divide the rows or heads repeat the work instead. Without a
 mesh in force nothing is wrapped, so a program over several devices must set one.
 """
