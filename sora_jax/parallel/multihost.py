@@ -62,3 +62,9 @@ def host_scalar(value, sharding):
   """A host number as a replicated global array, placed explicitly so that the transfer guard allows it."""
   x = np.asarray(value)
   return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def barrier(name: str) -> None:
+  """Waits for all processes."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)

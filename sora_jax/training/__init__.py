@@ -1,1 +1,1 @@
-
+"""The one training loop; knows no model."""
