@@ -1,4 +1,4 @@
-"""A tiny task and data for tests of the training room: packed rows, per-sample noise, one matrix in, one out."""
+"""A tiny task and its data, for tests of the training room."""
 
 import jax
 import jax.numpy as jnp
