@@ -109,8 +109,8 @@ def _fit_area(height: float, width: float, area: int) -> Grid:
     for cols in {max(1, math.floor(exact)), max(1, math.ceil(exact))}:
       if rows * cols > area or cols > max(1, round(width)):
         continue
-      # Distortion of the aspect ratio is worth twice as much as an equal loss of area.
-      cost = 2 * abs(math.log(cols / exact)) + abs(math.log(max(ideal, 1) / (rows * cols)))
+      # Distortion of the aspect ratio is worth four times as much as an equal loss of area.
+      cost = 4 * abs(math.log(cols / exact)) + abs(math.log(max(ideal, 1) / (rows * cols)))
       if cost < best_cost:
         best, best_cost = (rows, cols), cost
   if best_cost == math.inf:  # a strip thinner than a patch: one row or column, cut to the area
