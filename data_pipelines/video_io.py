@@ -1,8 +1,8 @@
 """Reads clips and images exactly, by time stamps, and writes MP4 and PNG.
 
 What a decoder leaves to its caller is done here: rotation and mirroring of the display matrix, the sample
-aspect ratio, EXIF orientation, cover art (skipped), a start time other than zero, edit lists, 10-bit and HDR to
-8 bits (a simple tone map), alpha (composited on white; the alpha plane of VP8/VP9 is dropped by the decoder).
+aspect ratio, EXIF orientation, cover art (skipped), a start time other than zero, edit lists, 10-bit and HDR
+to 8 bits (a simple tone map), alpha (composited on white; the alpha plane of VP8/VP9 is dropped by the decoder).
 Interlaced frames are taken as they are. The kind of file is read from its content, never from its name.
 """
 
@@ -24,7 +24,9 @@ from data_pipelines import color
 # Playlists and other formats that name further files or addresses are refused: a data file reads only itself.
 _OPEN_OPTIONS = {
   "protocol_whitelist": "file",
-  "format_whitelist": "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,ogg,gif,asf,h264,hevc,m4v,ivf,obu,mxf,nut,dv,rm",
+  "format_whitelist": (
+    "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,ogg,gif,asf,h264,hevc,m4v,ivf,obu,mxf,nut,dv,rm"
+  ),
 }
 _MAX_PIXELS = 2**27
 _SAME_TIME = 1e-4  # seconds; time stamps of some containers are rounded
@@ -62,7 +64,10 @@ def probe(path: str | Path, *, decode_limit_s: float = 120.0) -> MediaInfo:
   kind = _sniff(path)
   if kind == "image":
     with _open_image(path) as image:
-      image.load() if decode_limit_s else None
+      try:
+        image.load()
+      except (OSError, ValueError, SyntaxError) as e:
+        raise UnreadableError("truncated", str(e)) from e
       width, height = image.size
       if image.getexif().get(0x0112, 1) >= 5:
         width, height = height, width

@@ -1,0 +1,94 @@
+"""The keys of `config.data`."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from sora_jax.packing.geometry import Patch
+from sora_jax.packing.plan import METHODS
+from sora_jax.types import BatchSpec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  # What is read.
+  source: str = "synthetic"  # a folder, a manifest (.csv .tsv .jsonl .json) or a registered name
+  source_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of a registered source
+  data_root: str = ""  # where a manifest's relative paths also may start; "" = its own folder
+  media_column: str = ""  # of a manifest; "" = the first known one
+  caption_column: str = ""
+  captions_optional: bool = False
+  allow_outside_root: bool = False  # follow links, ".." and absolute paths out of the data folder
+  min_size: int = 32  # pixels of the shorter side
+  max_aspect: float = 8.0
+  decode_limit_s: float = (
+    120.0  # videos up to this long are decoded once for the index, to count what decodes
+  )
+  index_dir: str = ""  # "" = beside the data, or else in the user's cache folder
+  num_samples: int = 100_000  # of the synthetic source
+  seed: int = 0
+
+  # How large a sample becomes: see packing.geometry.fit_size.
+  patch: Patch = (1, 16, 16)
+  max_tokens: int = 0  # of one sample; 0 = a whole row
+  max_frames: int = 0  # 0 = no cap
+  target_fps: float = 0.0  # at most; 0 = native
+  random_start: bool = True  # where a clip is longer than what is read of it
+
+  # Rows.
+  rows: int = 8  # of one step, over all hosts
+  row_tokens: int = 1024
+  row_samples: int = 16  # at most
+  row_text_tokens: int = 256  # of all captions of a row
+  packing: str = "best_fit"  # or "greedy"
+  packing_window: int = 4096  # samples packed at once
+  packing_cost: tuple[float, float] = (1.0, 0.0)  # a, b: rows are evened out by a * sum(l) + b * sum(l^2)
+
+  # Prompts: with this probability the first frames of a video are given, not denoised.
+  given_probability: float = 0.0
+  given_image_share: float = 0.5  # of these, only the first latent frame; the rest up to half of the frames
+
+  # Held out, by a hash of the name.
+  num_eval: int = 0
+  eval_fraction: float = 0.0  # used where num_eval is 0
+
+  # Loading.
+  threads: int = 4  # per process
+  workers: int = 0  # processes; 0 = threads of this one
+  prefetch: int = 2  # batches loaded ahead
+  cache_mb: int = 1024  # decoded and resized clips kept in memory, over all workers
+
+  def __post_init__(self):
+    # Lists and ConfigDicts come in from config files and command lines.
+    object.__setattr__(self, "patch", tuple(int(p) for p in self.patch))
+    object.__setattr__(self, "packing_cost", tuple(float(c) for c in self.packing_cost))
+    object.__setattr__(self, "source_kwargs", dict(self.source_kwargs))
+    if len(self.patch) != 3 or min(self.patch) < 1:
+      raise ValueError(f"data.patch={self.patch} is not (frames, height, width)")
+    for key in ("rows", "row_tokens", "row_samples", "row_text_tokens", "packing_window", "prefetch"):
+      if getattr(self, key) < 1:
+        raise ValueError(f"data.{key}={getattr(self, key)} is below 1")
+    if self.packing not in METHODS:
+      raise ValueError(f"data.packing={self.packing!r} is none of {', '.join(METHODS)}")
+    if self.max_tokens > self.row_tokens:
+      raise ValueError(
+        f"data.max_tokens={self.max_tokens} exceeds data.row_tokens={self.row_tokens}: a sample fills at most a row"
+      )
+    for key in ("given_probability", "given_image_share", "eval_fraction"):
+      if not 0 <= getattr(self, key) <= 1:
+        raise ValueError(f"data.{key}={getattr(self, key)} is not a share between 0 and 1")
+
+  @property
+  def channels(self) -> int:
+    """Of a patch of RGB pixels."""
+    return 3 * self.patch[0] * self.patch[1] * self.patch[2]
+
+
+def batch_spec(config: DataConfig) -> BatchSpec:
+  return BatchSpec(
+    rows=config.rows,
+    tokens=config.row_tokens,
+    channels=config.channels,
+    samples=config.row_samples,
+    text_tokens=config.row_text_tokens,
+  )

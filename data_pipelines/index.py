@@ -1,0 +1,116 @@
+"""What every file of a data set holds: looked into once, kept beside the data."""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_pipelines import video_io
+from data_pipelines.sources.base import Entry
+from data_pipelines.video_io import MediaInfo, UnreadableError
+
+_VERSION = 1  # of what `probe` reports; a change makes every kept record stale
+_FILE = ".sora_jax_index.jsonl"
+_SAVE_EVERY_S = 30.0
+
+Probed = MediaInfo | UnreadableError
+
+
+def probe_all(
+  entries: Sequence[Entry], root: str | Path, *, decode_limit_s: float, threads: int, cache_dir: str = ""
+) -> list[Probed]:
+  """Probes each entry, or takes what is kept of a file of the same size and time of change."""
+  kept = _read(_places(root, cache_dir))
+  keys = [_key(e, decode_limit_s) for e in entries]
+  todo = {key: e for key, e in zip(keys, entries) if key not in kept}
+  if todo:
+    fresh, last_save = 0, time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+      futures = {pool.submit(_probe, e.path, decode_limit_s): key for key, e in todo.items()}
+      for future in concurrent.futures.as_completed(futures):
+        kept[futures[future]] = future.result()
+        fresh += 1
+        _show_progress(fresh, len(todo))
+        if time.monotonic() - last_save > _SAVE_EVERY_S:
+          _write(_places(root, cache_dir), kept)
+          last_save = time.monotonic()
+    _write(_places(root, cache_dir), kept)
+  return [kept[key] for key in keys]
+
+
+def _probe(path: str, decode_limit_s: float) -> Probed:
+  try:
+    return video_io.probe(path, decode_limit_s=decode_limit_s)
+  except UnreadableError as e:
+    return e
+  except (OSError, ValueError) as e:  # a decoder's surprise concerns one file
+    return UnreadableError("unreadable", str(e))
+
+
+def _key(entry: Entry, decode_limit_s: float) -> str:
+  try:
+    stat = os.stat(entry.path)
+    state = f"{stat.st_size}:{stat.st_mtime_ns}"
+  except OSError:
+    state = "gone"
+  return f"{_VERSION}:{decode_limit_s:g}:{state}:{entry.name}"
+
+
+def _places(root: str | Path, cache_dir: str) -> list[Path]:
+  """Files the index may be in, the preferred one first."""
+  digest = hashlib.blake2b(os.path.realpath(root).encode(), digest_size=8).hexdigest()
+  if cache_dir:
+    return [Path(cache_dir) / f"{digest}.jsonl"]
+  home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+  return [Path(root) / _FILE, home / "sora_jax" / "index" / f"{digest}.jsonl"]
+
+
+def _read(places: list[Path]) -> dict[str, Probed]:
+  kept: dict[str, Probed] = {}
+  for place in reversed(places):
+    try:
+      lines = place.read_text(encoding="utf-8").splitlines()
+    except OSError:
+      continue
+    for line in lines:
+      try:
+        record = json.loads(line)
+        info = record.get("info")
+        kept[record["key"]] = (
+          MediaInfo(**info) if info else UnreadableError(record["reason"], record["detail"])
+        )
+      except (ValueError, KeyError, TypeError):
+        continue  # a damaged line costs one more probe
+  return kept
+
+
+def _write(places: list[Path], kept: dict[str, Probed]) -> None:
+  lines = []
+  for key, value in kept.items():
+    if ":gone:" in key:
+      continue
+    if isinstance(value, MediaInfo):
+      lines.append(json.dumps({"key": key, "info": dataclasses.asdict(value)}))
+    else:
+      lines.append(json.dumps({"key": key, "reason": value.reason, "detail": value.detail}))
+  for place in places:
+    part = place.with_name(f"{place.name}.{os.getpid()}.part")
+    try:
+      place.parent.mkdir(parents=True, exist_ok=True)
+      part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+      os.replace(part, place)
+      return
+    except OSError:  # a data folder that cannot be written: the next place
+      continue
+
+
+def _show_progress(done: int, total: int) -> None:
+  if sys.stderr.isatty():
+    print(f"\rindex: {done}/{total} files", end="\n" if done == total else "", file=sys.stderr, flush=True)
+  elif done == total or done % 500 == 0:
+    print(f"index: {done}/{total} files", file=sys.stderr, flush=True)
