@@ -1,0 +1,73 @@
+"""How every main starts and ends: a user's mistake is one line and an exit code, never a traceback.
+
+Exit codes: 0 done, 1 a fault of the program, 2 a mistake of the user's, 42 stopped and saved, 44 diverged.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import app, flags
+
+from data_pipelines.video_io import UnreadableError
+from sora_jax.training.loop import DivergedError
+
+_DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+
+USER_ERROR, PREEMPTED, DIVERGED = 2, 42, 44
+_MISTAKES = (ValueError, OSError, UnreadableError, flags.Error)
+_ROOT = Path(__file__).resolve().parent.parent
+_OURS = tuple(_ROOT / name for name in ("sora_jax", "data_pipelines", "configs"))
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+  """Parses the flags and exits with what `main` returns (None = 0)."""
+  app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+  debug = "--debug" in argv or "--debug=true" in argv
+  try:
+    rest = flags.FLAGS(list(argv))
+  except Exception as error:  # config files run while flags are parsed: anything may come
+    if debug and not isinstance(error, flags.Error):
+      raise
+    _fail(error, USER_ERROR)
+  if len(rest) > 1:
+    _fail(ValueError(f"unexpected argument {rest[1]!r}: every option is --name=value"), USER_ERROR)
+  return rest
+
+
+def _guarded(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
+  try:
+    return main(argv) or 0
+  except KeyboardInterrupt:
+    _fail(InterruptedError("interrupted"), 130)
+  except DivergedError as error:
+    _fail(error, DIVERGED)
+  except _MISTAKES as error:
+    if _DEBUG.value:
+      raise
+    _fail(error, USER_ERROR)
+
+
+def _fail(error: Exception, code: int) -> None:
+  print(f"error: {message(error)}", file=sys.stderr, flush=True)
+  # Not sys.exit: threads that load data may be waiting for ever.
+  sys.stdout.flush()
+  os._exit(code)
+
+
+def message(error: Exception) -> str:
+  """One line; where the error comes from a library, how to see where."""
+  if isinstance(error, OSError) and error.strerror:
+    text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+  else:
+    text = " ".join(str(error).split()) or type(error).__name__
+  frames = traceback.extract_tb(error.__traceback__)
+  is_ours = not frames or any(Path(frames[-1].filename).resolve().is_relative_to(folder) for folder in _OURS)
+  if is_ours or isinstance(error, OSError | flags.Error | UnreadableError):
+    return text
+  return f"{type(error).__name__}: {text} (--debug shows where)"
