@@ -22,10 +22,10 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (y, x)
-SPEEDS = {"slowly": 0.8, "quickly": 1.6}  # pixels a frame at the native size
+SPEEDS = {"slowly": 1.5, "quickly": 3.0}  # pixels a frame at the native size
 BACKGROUNDS = {"black": (12, 12, 12), "grey": (120, 120, 120), "white": (240, 240, 240)}
-SIZES = ((24, 24), (24, 32), (32, 24), (32, 32), (24, 48), (48, 24))
-NUM_FRAMES = (4, 8, 12)
+SIZES = ((24, 24), (24, 32), (32, 24), (32, 32), (24, 40), (40, 24))
+NUM_FRAMES = (4, 8)
 FPS = 8.0
 HELD_OUT_EVERY = 6  # one combination of this many is held out
 
