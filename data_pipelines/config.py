@@ -72,7 +72,8 @@ class DataConfig:
       raise ValueError(f"data.packing={self.packing!r} is none of {', '.join(METHODS)}")
     if self.max_tokens > self.row_tokens:
       raise ValueError(
-        f"data.max_tokens={self.max_tokens} exceeds data.row_tokens={self.row_tokens}: a sample fills at most a row"
+        f"data.max_tokens={self.max_tokens} exceeds data.row_tokens={self.row_tokens}: "
+        "a sample fills at most a row"
       )
     for key in ("given_probability", "given_image_share", "eval_fraction"):
       if not 0 <= getattr(self, key) <= 1:

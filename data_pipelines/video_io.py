@@ -2,7 +2,7 @@
 
 What a decoder leaves to its caller is done here: rotation and mirroring of the display matrix, the sample
 aspect ratio, EXIF orientation, cover art (skipped), a start time other than zero, edit lists, 10-bit and HDR
-to 8 bits (a simple tone map), alpha (composited on white; the alpha plane of VP8/VP9 is dropped by the decoder).
+to 8 bits (a simple tone map), alpha (composited on white; that of VP8/VP9 is dropped by the decoder).
 Interlaced frames are taken as they are. The kind of file is read from its content, never from its name.
 """
 

@@ -13,6 +13,7 @@ METHODS = ("best_fit", "greedy")
 _CYCLE_IDS = 2**20  # groupings are planned afresh for about this many samples, then reused in a new order
 _CACHED_WINDOWS = 8
 _SPREAD_SHARES = (0.9, 0.75, 0.5)  # of the tokens, tried in turn
+_SUBSET_IDS = 1024  # windows up to this are small enough for an exact filling
 
 Row = tuple[int, ...]
 
@@ -50,7 +51,8 @@ def plan_window(
   """Rows as tuples of positions in `lengths`, none over `row_tokens` tokens or `max_samples` samples.
 
   "best_fit": best-fit decreasing; then, in the same number of rows, the longer samples are dealt out so that
-  rows cost alike by a * sum(l) + b * sum(l^2), `cost` = (a, b), and only the shorter ones are fitted tightly.
+  rows cost alike by a * sum(l) + b * sum(l^2), `cost` = (a, b), and only the shorter ones are fitted tightly;
+  small windows are filled row by row where that takes fewer rows.
   "greedy": first fit in the order of arrival (Patch n' Pack, arXiv 2307.06304).
   """
   lengths = np.asarray(lengths, np.int64)
@@ -75,6 +77,9 @@ def _best_fit(lengths: np.ndarray, row_tokens: int, max_samples: int, cost: tupl
       if even and len(even) <= len(rows):
         rows = even
         break
+  if len(lengths) <= _SUBSET_IDS and len(rows) > -(-int(lengths.sum()) // row_tokens):
+    exact = _fill_exactly(sorted_lengths, row_tokens, max_samples)
+    rows = exact if exact and len(exact) < len(rows) else rows
   order_list = order.tolist()
   return [tuple(order_list[i] for i in row) for row in rows]
 
@@ -134,6 +139,34 @@ def _fill_tightest(
       if room and len(row) < max_samples:
         with_room[room].append(row)
         mask |= 1 << room
+  return rows
+
+
+def _fill_exactly(lengths: np.ndarray, row_tokens: int, max_samples: int) -> list[list[int]]:
+  """Row by row: the longest sample left and the subset of the others that fills the row best (minimum bin
+  slack, Gupta and Ho 1999), by subset sums as bits of an integer. Worth it where lengths are few and alike."""
+  left: dict[int, list[int]] = {}
+  for i, length in reversed(list(enumerate(lengths.tolist()))):
+    left.setdefault(length, []).append(i)  # ascending lengths
+  full, rows = (1 << (row_tokens + 1)) - 1, []
+  while left:
+    longest = max(left)
+    row = [left[longest].pop()]
+    steps, sums = [], 1 << longest  # bit s: some subset with the longest has s tokens
+    for length, items in left.items():
+      for _ in range(min(len(items), (row_tokens - longest) // length)):
+        steps.append((length, sums))
+        sums |= (sums << length) & full
+    total = sums.bit_length() - 1
+    for length, before in reversed(steps):  # longer samples first: fewer of them
+      if total >= length and before >> (total - length) & 1:
+        row.append(left[length].pop())
+        total -= length
+    assert total == longest
+    if len(row) > max_samples:
+      return []
+    rows.append(row)
+    left = {length: items for length, items in left.items() if items}
   return rows
 
 

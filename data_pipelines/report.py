@@ -1,0 +1,44 @@
+"""python -m data_pipelines.report --source=PATH [--row_tokens=512 ...]: what a data set holds, before training.
+
+Takes every key of `config.data`. Text is counted in words here; a run counts the tokens of its own vocabulary.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec, build_source
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(prog="python -m data_pipelines.report", description=__doc__.split("\n")[0])
+  for field in dataclasses.fields(DataConfig):
+    if isinstance(field.default, (str, bool, int, float, tuple)):
+      parser.add_argument(f"--{field.name}", type=_parser_of(field.default), default=field.default)
+  parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+  arguments = vars(parser.parse_args(argv))
+  as_json = arguments.pop("json")
+  try:
+    config = DataConfig(**arguments)
+    report = Pipeline(build_source(config), config, batch_spec(config), str.split, split="all").report()
+  except ValueError as e:
+    print(f"error: {e}", file=sys.stderr)
+    return 2
+  print(json.dumps(report.as_dict()) if as_json else report)
+  return 0
+
+
+def _parser_of(default: Any) -> Callable[[str], Any]:
+  if isinstance(default, bool):
+    return lambda text: {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+  if isinstance(default, tuple):
+    kind = type(default[0])
+    return lambda text: tuple(kind(part) for part in text.strip("()").split(","))
+  return type(default)
+
+
+if __name__ == "__main__":
+  sys.exit(main())
