@@ -31,6 +31,9 @@ class DataConfig:
   # How large a sample becomes: see packing.geometry.fit_size.
   patch: Patch = (1, 16, 16)
   max_tokens: int = 0  # of one sample; 0 = a whole row
+  max_padding: float = (
+    0.0  # lower max_tokens, at most by half, until rows pad no more than this; 0 = leave it
+  )
   max_frames: int = 0  # 0 = no cap
   target_fps: float = 0.0  # at most; 0 = native
   random_start: bool = True  # where a clip is longer than what is read of it
@@ -75,7 +78,7 @@ class DataConfig:
         f"data.max_tokens={self.max_tokens} exceeds data.row_tokens={self.row_tokens}: "
         "a sample fills at most a row"
       )
-    for key in ("given_probability", "given_image_share", "eval_fraction"):
+    for key in ("given_probability", "given_image_share", "eval_fraction", "max_padding"):
       if not 0 <= getattr(self, key) <= 1:
         raise ValueError(f"data.{key}={getattr(self, key)} is not a share between 0 and 1")
 

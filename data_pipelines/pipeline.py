@@ -8,12 +8,13 @@ import grain
 import numpy as np
 from absl import flags
 
+from data_pipelines import sizes
 from data_pipelines.config import DataConfig, batch_spec
 from data_pipelines.loader import RowLoader, Tokenize
 from data_pipelines.sources.base import SampleInfo, Source
 from data_pipelines.sources.registry import build_source
 from data_pipelines.summary import Report, describe
-from sora_jax.packing.geometry import ClipSpec, fit_size, num_tokens
+from sora_jax.packing.geometry import num_tokens
 from sora_jax.packing.pack import stack_rows
 from sora_jax.packing.plan import RowPlan
 from sora_jax.types import BatchSpec, TokenBatch
@@ -41,12 +42,17 @@ class Pipeline:
   ):
     if spec.channels != config.channels:
       raise ValueError(
-        f"the model takes patches of {spec.channels} channels but data.patch={config.patch} has {config.channels}"
+        f"the model takes patches of {spec.channels} channels, data.patch={config.patch} has {config.channels}"
       )
     self.source, self.config, self.spec, self.split = source, config, spec, split
     everything = {i: source.info(i) for i in range(len(source))}
     chosen = split_ids(everything, config, split)
-    self.infos, self.specs, self.rejects = _fit(everything, chosen, config, spec.tokens)
+    self.max_tokens = sizes.lower_max_tokens(
+      [everything[i] for i in split_ids(everything, config, "train")], config, spec
+    )
+    self.infos, self.specs, self.rejects = sizes.fit_all(
+      {i: everything[i] for i in chosen}, config, self.max_tokens
+    )
     if not self.infos:
       raise ValueError(f"{source.name}: the {split} split has no sample (data.num_eval, data.eval_fraction)")
     self._ids = np.fromiter(self.infos, np.int64)
@@ -100,7 +106,7 @@ class Pipeline:
         iterator.close()
 
   def epoch_batches(self, rows: slice | None = None, max_steps: int = 0) -> list[TokenBatch]:
-    """Every sample once, in batches; empty rows fill the last one. For held-out samples: it keeps them all."""
+    """Every sample once, in batches, the last one filled up with empty rows: for held-out samples."""
     planned = self.plan.rows_of_epoch(0)
     steps = math.ceil(len(planned) / self.spec.rows)
     batches = []
@@ -129,10 +135,10 @@ class Pipeline:
       self.infos,
       self.specs,
       self.rejects,
-      self.lengths,
       self.plan,
       self.spec,
       self.loader.tokenize,
+      self.max_tokens,
     )
 
 
@@ -172,27 +178,3 @@ def split_ids(infos: dict[int, SampleInfo], config: DataConfig, split: str) -> l
   else:
     held_out = {i for i in infos if place[i] < config.eval_fraction}
   return [i for i in infos if (i in held_out) == (split == "eval")]
-
-
-def _fit(
-  infos: dict[int, SampleInfo], chosen: list[int], config: DataConfig, row_tokens: int
-) -> tuple[dict[int, SampleInfo], dict[int, ClipSpec], list[tuple[str, str]]]:
-  fitted, specs, rejects = {}, {}, []
-  for i in chosen:
-    info = infos[i]
-    try:
-      specs[i] = fit_size(
-        info.num_frames,
-        info.height,
-        info.width,
-        info.fps,
-        patch=config.patch,
-        max_tokens=config.max_tokens or row_tokens,
-        max_frames=config.max_frames,
-        target_fps=config.target_fps,
-      )
-    except ValueError as e:
-      rejects.append((info.name, f"unfit: {e}"))
-      continue
-    fitted[i] = info
-  return fitted, specs, rejects

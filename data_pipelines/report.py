@@ -1,6 +1,6 @@
-"""python -m data_pipelines.report --source=PATH [--row_tokens=512 ...]: what a data set holds, before training.
+"""python -m data_pipelines.report --source=PATH [--row_tokens=512 ...]: what a data set holds.
 
-Takes every key of `config.data`. Text is counted in words here; a run counts the tokens of its own vocabulary.
+Takes the keys of `config.data`. Text is counted in words; a run counts the tokens of its own vocabulary.
 """
 
 import argparse

@@ -35,6 +35,7 @@ class Report:
   captions_cut: int
   packing: dict[str, dict[str, float]]  # per method, see RowPlan.stats
   method: str
+  max_tokens: int
 
   def as_dict(self) -> dict:
     return dataclasses.asdict(self)
@@ -54,9 +55,9 @@ class Report:
       f"native size {_counts(self.sizes)}",
       f"duration    {_counts(self.seconds, sort=False)}",
       f"read as     {_counts(self.fitted)}",
-      f"tokens      {self.tokens}; per sample {low} to {high}, median {median:g}",
-      f"text        {self.text_tokens} tokens; {self.text_tokens_cut} of {self.captions_cut} captions cut off "
-      "where a row is full",
+      f"tokens      {self.tokens}; per sample {low} to {high}, median {median:g} (max_tokens {self.max_tokens})",
+      f"text        {self.text_tokens} tokens; rows have no room for {self.text_tokens_cut} of them, "
+      f"of {self.captions_cut} captions",
     ]
     for method, s in self.packing.items():
       mark = "  <- used" if method == self.method else ""
@@ -72,11 +73,12 @@ def describe(
   infos: dict[int, SampleInfo],
   specs: dict[int, ClipSpec],
   rejects: Sequence[tuple[str, str]],
-  lengths: np.ndarray,
   plan: RowPlan,
   spec: BatchSpec,
   tokenize: Callable[[str], Sequence[int]],
+  max_tokens: int,
 ) -> Report:
+  lengths = plan.lengths
   videos = [i for i in infos.values() if i.num_frames > 1]
   text_lengths = [len(tokenize(i.captions[0] if i.captions else "")) for i in infos.values()]
   cut_tokens = cut_captions = 0
@@ -104,6 +106,7 @@ def describe(
     captions_cut=cut_captions,
     packing=plan.stats(),
     method=plan.method,
+    max_tokens=max_tokens,
   )
 
 

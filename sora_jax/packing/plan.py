@@ -144,7 +144,7 @@ def _fill_tightest(
 
 def _fill_exactly(lengths: np.ndarray, row_tokens: int, max_samples: int) -> list[list[int]]:
   """Row by row: the longest sample left and the subset of the others that fills the row best (minimum bin
-  slack, Gupta and Ho 1999), by subset sums as bits of an integer. Worth it where lengths are few and alike."""
+  slack, Gupta and Ho 1999), by subset sums as bits of an integer: for windows of few, similar lengths."""
   left: dict[int, list[int]] = {}
   for i, length in reversed(list(enumerate(lengths.tolist()))):
     left.setdefault(length, []).append(i)  # ascending lengths
@@ -261,12 +261,12 @@ class RowPlan:
     with self._lock:
       return [PlannedRow(epoch, row) for w in range(self._windows) for row in self._window(base, w)]
 
-  def stats(self, max_ids: int = 2**18) -> dict[str, dict[str, float]]:
+  def stats(self, max_ids: int = 2**18, methods: Sequence[str] = METHODS) -> dict[str, dict[str, float]]:
     """Per packing method, over (at most `max_ids` samples of) the first epoch: rows, padding share, samples
     per row, and how much dearer than the mean the dearest row is."""
     windows = max(1, min(self._windows, max_ids * self._windows // len(self.lengths)))
     result = {}
-    for method in METHODS:
+    for method in methods:
       rows = [self.lengths[np.array(row)] for w in range(windows) for row in self._pack_window(0, w, method)]
       tokens = sum(int(row.sum()) for row in rows)
       a, b = self._fit["cost"]
