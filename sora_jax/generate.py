@@ -1,7 +1,7 @@
 """Prompts -> videos and images: packs requests of any size into rows, denoises them, cuts them out again.
 
-What comes out for a request is a function of the request, the weights and the sampler alone: its noise depends
-on (seed, index, place of the token), its text is never cut to make room, and it attends to itself alone.
+What comes out for a request is a function of the request, the weights and the sampler alone: its noise
+depends on (seed, index, place of the token), its text is never cut to make room, and it attends to itself.
 """
 
 import dataclasses
@@ -50,9 +50,10 @@ class SampleConfig:
 class Request:
   """One image (num_frames 1) or video to generate.
 
-  `prompt_frames`, uint8 (T, H, W, 3) of the request's own height and width, are what it begins with: they come
-  out as they went in. Those that fill whole temporal patches are used; fewer than one patch are filled up with
-  the last, so an image prompt fills the first temporal patch with itself. `index` tells apart the videos of one prompt and seed.
+  `prompt_frames`, uint8 (T, H, W, 3) of the request's own height and width, are what it begins with: they
+  come out as they went in. Those that fill whole temporal patches are used; fewer than one patch are filled
+  up with the last, so an image prompt fills the first temporal patch with itself. `index` tells apart the
+  videos of one prompt and seed.
   """
 
   prompt: str
@@ -96,7 +97,12 @@ def check(request: Request, patch: Patch) -> None:
     )
 
 
-def generate(
+def generate(model: nnx.Module, requests: Sequence[Request], **kwargs) -> list[np.ndarray]:
+  """uint8 (T, H, W, 3) of every request, in order; keywords as of `generate_float`."""
+  return [to_uint8(video) for video in generate_float(model, requests, **kwargs)]
+
+
+def generate_float(
   model: nnx.Module,
   requests: Sequence[Request],
   *,
@@ -106,9 +112,10 @@ def generate(
   spec: BatchSpec,
   patch: Patch,
 ) -> list[np.ndarray]:
-  """uint8 (T, H, W, 3) of every request, in order. `spec` bounds the rows made at a time and their tokens.
+  """(T, H, W, 3) of every request, in order, about in [-1, 1].
 
-  Run it under `jax.set_mesh` to spread the rows over devices.
+  `spec` bounds the rows made at a time; they grow longer where one sample needs more tokens. Run it under
+  `jax.set_mesh` to spread the rows over devices.
   """
   for request in requests:
     check(request, patch)
@@ -149,7 +156,7 @@ def generate(
       for i in row:
         stop = start + len(samples[i].tokens_LC)
         video = geometry.unpatchify(tokens_BLC[b, start:stop], samples[i].grid, patch)
-        videos[i] = to_uint8(video[: requests[i].num_frames])
+        videos[i] = video[: requests[i].num_frames]
         start = stop
   return videos
 

@@ -1,0 +1,86 @@
+"""A trained run as its workdir holds it, ready to sample from."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from data_pipelines.config import DataConfig, batch_spec
+from sora_jax.conditioning import tokenizer as tokenizer_lib
+from sora_jax.conditioning.tokenizer import Tokenizer
+from sora_jax.diffusion.objectives import ObjectiveConfig
+from sora_jax.generate import Request, SampleConfig, generate
+from sora_jax.parallel.mesh import MeshConfig, make_mesh
+from sora_jax.tasks import registry
+from sora_jax.training import checkpoint
+from sora_jax.training import state as state_lib
+from sora_jax.training.optimizer import OptimizerConfig
+from sora_jax.types import BatchSpec
+
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedRun:
+  workdir: Path
+  step: int  # of the checkpoint
+  which: str  # "ema" or "params"
+  config_digest: str
+  tokenizer: Tokenizer
+  model: nnx.Module
+  mesh: Mesh
+  data: DataConfig
+  diffusion: ObjectiveConfig
+  sample: SampleConfig
+  spec: BatchSpec
+
+
+def load(workdir: str | Path, *, step: int | None = None, ema: bool = True) -> TrainedRun:
+  """Config, vocabulary and weights of the newest sound checkpoint, or of that of `step`."""
+  workdir = Path(workdir)
+  for name in (CONFIG, TOKENIZER):
+    if not (workdir / name).is_file():
+      raise FileNotFoundError(f"{workdir} is not the workdir of a training run: it has no {name}")
+  text = (workdir / CONFIG).read_text(encoding="utf-8")
+  config = ml_collections.ConfigDict(json.loads(text))
+  tokenizer = tokenizer_lib.load(workdir / TOKENIZER, max_tokens=config.text.max_tokens)
+  data = registry.section(DataConfig, config, "data")
+  spec = batch_spec(data)
+  task = registry.build(config, batch_spec=spec, vocab_size=tokenizer.vocab_size)
+  mesh = make_mesh(MeshConfig())
+  setup = state_lib.make_setup(task, optimizer=OptimizerConfig(), num_steps=1, mesh=mesh, seed=0)
+  which = "ema" if ema else "params"
+  found, params, rest, _ = checkpoint.restore_params(workdir, setup, which=which, step=step)
+  return TrainedRun(
+    workdir=workdir,
+    step=found,
+    which=which,
+    config_digest=hashlib.sha256(text.encode()).hexdigest()[:16],
+    tokenizer=tokenizer,
+    model=setup.model(params, rest),
+    mesh=mesh,
+    data=data,
+    diffusion=registry.section(ObjectiveConfig, config, "diffusion"),
+    sample=registry.section(SampleConfig, config, "sample"),
+    spec=spec,
+  )
+
+
+def sample(run: TrainedRun, requests: Sequence[Request], config: SampleConfig) -> list[np.ndarray]:
+  with jax.set_mesh(run.mesh):
+    return generate(
+      run.model,
+      requests,
+      config=config,
+      diffusion=run.diffusion,
+      tokenize=run.tokenizer,
+      spec=run.spec,
+      patch=run.data.patch,
+    )
