@@ -1,8 +1,8 @@
 """python -m sora_jax.evaluate --workdir=DIR: how often samples show the colour and direction asked for.
 
 For runs on the synthetic shapes: generates videos of combinations of colour, shape and direction that
-training never showed, and reads them with a tracker (sora_jax/evaluation/shapes.py). Beside the figures of the
-samples stand the tracker's on rendered truth (its ceiling) and on samples held against others' prompts (chance).
+training never showed, and reads them with a tracker (sora_jax/evaluation/shapes.py). Beside the figures of
+the samples stand those on rendered truth (the ceiling) and on samples held against others' prompts (chance).
 """
 
 import dataclasses
