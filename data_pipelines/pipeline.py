@@ -42,7 +42,7 @@ class Pipeline:
   ):
     if spec.channels != config.channels:
       raise ValueError(
-        f"the model takes patches of {spec.channels} channels, data.patch={config.patch} has {config.channels}"
+        f"the model takes {spec.channels} channels a patch, data.patch={config.patch} has {config.channels}"
       )
     self.source, self.config, self.spec, self.split = source, config, spec, split
     everything = {i: source.info(i) for i in range(len(source))}

@@ -55,7 +55,7 @@ class Report:
       f"native size {_counts(self.sizes)}",
       f"duration    {_counts(self.seconds, sort=False)}",
       f"read as     {_counts(self.fitted)}",
-      f"tokens      {self.tokens}; per sample {low} to {high}, median {median:g} (max_tokens {self.max_tokens})",
+      f"tokens      {self.tokens}; per sample {low} to {high}, median {median:g}, at most {self.max_tokens}",
       f"text        {self.text_tokens} tokens; rows have no room for {self.text_tokens_cut} of them, "
       f"of {self.captions_cut} captions",
     ]
