@@ -171,7 +171,7 @@ def to_uint8(video_THWC: np.ndarray) -> np.ndarray:
 
 def _nearest(value: int, unit: int) -> str:
   """The multiples of `unit` on both sides, as many as there are."""
-  low = value // unit * unit
+  low = max(value, 0) // unit * unit
   return " and ".join(str(n) for n in (low, low + unit) if n > 0)
 
 

@@ -115,7 +115,7 @@ def _jobs(run: TrainedRun, values: dict) -> list[Job]:
 
 
 def _default_size(run: TrainedRun, media: str) -> dict:
-  """The size of the first held-out video; the aspect ratio of the prompt's image or video where there is one."""
+  """The size of the first held-out video; the aspect ratio of the prompt's image or video if there is one."""
   path = run.workdir / prompts.HELD_OUT
   names = ("width", "height", "num_frames", "fps")
   pt, ph, pw = run.data.patch
