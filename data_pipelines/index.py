@@ -67,7 +67,16 @@ def _places(root: str | Path, cache_dir: str) -> list[Path]:
   if cache_dir:
     return [Path(cache_dir) / f"{digest}.jsonl"]
   home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-  return [Path(root) / _FILE, home / "sora_jax" / "index" / f"{digest}.jsonl"]
+  places = [Path(root) / _FILE, home / "sora_jax" / "index" / f"{digest}.jsonl"]
+  return places if _is_writable(root) else places[1:]
+
+
+def _is_writable(folder: str | Path) -> bool:
+  """Goes by the mode too: a folder marked read-only is left alone also by root, whom nothing would stop."""
+  try:
+    return bool(os.stat(folder).st_mode & 0o222) and os.access(folder, os.W_OK)
+  except OSError:
+    return False
 
 
 def _read(places: list[Path]) -> dict[str, Probed]:
