@@ -99,7 +99,7 @@ def fit(
     result = FitResult(step=start, loss=math.nan, evals={}, preempted=False, state=state, setup=setup)
     if start >= config.steps:
       writer.say(
-        f"nothing to do: {workdir} is finished at step {start} (train.steps = {config.steps})"
+        f"nothing to do: {workdir} is finished at step {start} of {config.steps}"
       )
       return result
     run = _Run(setup, config, checkpointer, writer, workdir, eval_batches, tuple(hooks), resolved_config)
