@@ -1,4 +1,7 @@
-"""Pictures of a run: contact sheets of samples, the loss curve."""
+"""Pictures of a run: contact sheets of samples, the loss curve.
+
+python -m sora_jax.plots --workdir=DIR writes DIR/loss.png.
+"""
 
 import json
 import textwrap
@@ -6,9 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from absl import flags
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
+
+from sora_jax import cli
 
 GAP, TEXT_WIDTH, FONT_SIZE = 4, 200, 13
 
@@ -83,3 +89,19 @@ def _curve(workdir: str | Path, key: str) -> dict[int, float]:
     if values.get(key) is not None:
       curve[values["step"]] = values[key]
   return dict(sorted(curve.items()))
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  workdir = flags.FLAGS.workdir
+  if not workdir:
+    raise ValueError("--workdir is missing: the folder of a training run")
+  path = Path(workdir) / "loss.png"
+  if not loss_plot(workdir, path):
+    raise ValueError(f"{workdir} holds no losses (metrics.jsonl)")
+  print(path)
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("workdir", None, "Workdir of a training run.")
+  cli.run(main)

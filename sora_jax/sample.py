@@ -14,14 +14,14 @@ import numpy as np
 from absl import flags
 
 from data_pipelines import video_io
-from sora_jax import cli, plots, prompts, trained
+from sora_jax import __version__, cli, plots, prompts, trained
 from sora_jax.generate import Request, SampleConfig, check
 from sora_jax.packing.geometry import fit_size
 from sora_jax.trained import TrainedRun
 
 FLAGS = flags.FLAGS
 FALLBACK_FPS = 8.0
-PACKAGES = ("sora_jax", "jax", "jaxlib", "flax", "numpy", "av")
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "av")
 
 
 def define_flags() -> None:
@@ -193,15 +193,8 @@ def settings(run: TrainedRun, job: Job) -> dict:
     "weights": run.which,
     "checkpoint_step": run.step,
     "config_digest": run.config_digest,
-    "versions": {name: _version(name) for name in PACKAGES},
+    "versions": {"sora_jax": __version__, **{name: metadata.version(name) for name in PACKAGES}},
   }
-
-
-def _version(package: str) -> str:
-  try:
-    return metadata.version(package)
-  except metadata.PackageNotFoundError:  # run from a clone that is not installed
-    return "not installed"
 
 
 def _next_number(folder: Path) -> int:

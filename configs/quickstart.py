@@ -1,0 +1,53 @@
+"""Captioned moving shapes, learned on two CPU cores in minutes.
+
+python -m sora_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+Presets: "own_data" for your own clips (with --config.data.source=FOLDER_OR_MANIFEST), "debug" for a run of
+seconds. Hardware: 2 CPU cores. Expected figures: not run yet.
+"""
+
+import ml_collections
+
+from configs import common
+
+
+def get_config(preset: str = "") -> ml_collections.ConfigDict:
+  config = common.get_config()
+  config.model.size = "XS"
+  config.text.width = 64
+  config.text.depth = 1
+  # In pixel space a token is wider than the network: predict the clean patch, not its noise.
+  config.diffusion.prediction = "x0"
+  config.data.patch = (2, 8, 8)
+  config.data.rows = 8
+  config.data.row_tokens = 256
+  config.data.num_eval = 64
+  config.data.num_samples = 20_000
+  config.optimizer.lr = 2e-3
+  config.optimizer.schedule = "cosine"
+  config.optimizer.ema_decay = 0.99
+  config.train.num_steps = 1500
+  config.train.log_every = 50
+  config.train.eval_every = 500
+  config.train.save_every = 500
+  config.sample.num_inference_steps = 25
+  config.sample.guidance_scale = 3.0
+  if preset == "own_data":
+    config.data.max_frames = 16
+    config.data.target_fps = 8.0
+    config.data.num_eval = 8
+    config.train.num_steps = 600
+  elif preset == "debug":
+    config.model.width, config.model.depth, config.model.heads = 32, 2, 2
+    config.data.rows = 2
+    config.data.num_samples = 200
+    config.data.num_eval = 8
+    config.train.num_steps = 4
+    config.train.log_every = 2
+    config.train.eval_every = 0
+    config.train.save_every = 0
+    config.sample.num_inference_steps = 2
+    config.sample.num_samples = 3
+  elif preset:
+    raise ValueError(f"configs/quickstart.py has no preset {preset!r}; presets: own_data, debug")
+  return config
