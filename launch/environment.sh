@@ -57,7 +57,7 @@ make_venv() {
     cp -- "$pins" "$VENV/pins.txt"
   else
     echo "note: no pins for this Python; taking the newest versions that setup.cfg allows" >&2
-    "$VENV/bin/python" -m pip install -qq --disable-pip-version-check "$ROOT[test]" ||
+    "$VENV/bin/python" -m pip install -qq --disable-pip-version-check "${ROOT}[test]" ||
       fail "the packages of setup.cfg could not be installed; see above"
     "$VENV/bin/python" -m pip uninstall -qq -y sora_jax # the clone itself is what runs
     cp -- "$ROOT/setup.cfg" "$VENV/pins.txt"
