@@ -147,22 +147,22 @@ def restore_params(
 
 
 def check_config(workdir: str | Path, config: dict, identity: tuple[str, ...]) -> None:
-  """Writes config.json at a run's first start; later refuses a config whose `identity` keys differ."""
+  """Refuses a config whose `identity` keys differ from those of the run in `workdir`; then writes it there."""
   path = Path(workdir) / "config.json"
-  if not path.exists():
-    if multihost.is_main():
-      partial = path.with_suffix(".tmp")
-      partial.write_text(json.dumps(config, indent=2) + "\n")
-      partial.replace(path)
-    return
-  old, new = flatten(json.loads(path.read_text())), flatten(json.loads(json.dumps(config)))
-  under = lambda key: any(key == name or key.startswith(name + ".") for name in identity)  # noqa: E731
-  keys = sorted(key for key in {*old, *new} if under(key) and old.get(key) != new.get(key))
-  if keys:
-    shown = "; ".join(f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in keys)
-    raise ValueError(
-      f"workdir {workdir} holds a run of another configuration ({shown}); use another --workdir"
-    )
+  if path.exists():
+    old, new = flatten(json.loads(path.read_text())), flatten(json.loads(json.dumps(config)))
+    under = lambda key: any(key == name or key.startswith(name + ".") for name in identity)  # noqa: E731
+    keys = sorted(key for key in {*old, *new} if under(key) and old.get(key) != new.get(key))
+    if keys:
+      shown = "; ".join(f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in keys)
+      raise ValueError(
+        f"workdir {workdir} holds a run of another configuration ({shown}); use another --workdir"
+      )
+  multihost.barrier("config_checked")
+  if multihost.is_main():
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(config, indent=2) + "\n")
+    partial.replace(path)
 
 
 def flatten(config: dict, prefix: str = "") -> dict:

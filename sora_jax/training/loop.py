@@ -35,7 +35,7 @@ class DivergedError(ArithmeticError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-  steps: int
+  num_steps: int
   accumulate: int = 1  # micro-batches per step
   log_every: int = 10
   eval_every: int = 0  # 0 = only at the end
@@ -46,9 +46,9 @@ class TrainConfig:
   tensorboard: bool = True
 
   def __post_init__(self):
-    if min(self.steps, self.accumulate, self.log_every, self.keep, self.max_skipped) < 1:
+    if min(self.num_steps, self.accumulate, self.log_every, self.keep, self.max_skipped) < 1:
       raise ValueError(
-        f"train: steps = {self.steps}, accumulate = {self.accumulate}, log_every = {self.log_every}, "
+        f"train: num_steps = {self.num_steps}, accumulate = {self.accumulate}, log_every = {self.log_every}, "
         f"keep = {self.keep} and max_skipped = {self.max_skipped} must be >= 1"
       )
 
@@ -77,7 +77,7 @@ def fit(
   hooks: Sequence[Hook] = (),
   rules: Rules | None = None,
 ) -> FitResult:
-  """Trains `task` from the newest sound checkpoint of `workdir`, or from scratch, to `config.steps`.
+  """Trains `task` from the newest sound checkpoint of `workdir`, or from scratch, to `config.num_steps`.
 
   `resolved_config` is written beside the checkpoints; a workdir whose config differs under the `identity`
   keys is refused.
@@ -86,9 +86,9 @@ def fit(
   workdir.mkdir(parents=True, exist_ok=True)
   checkpoint.check_config(workdir, resolved_config, identity)
   setup = state_lib.make_setup(
-    task, optimizer=optimizer, num_steps=config.steps, mesh=mesh, seed=config.seed, rules=rules
+    task, optimizer=optimizer, num_steps=config.num_steps, mesh=mesh, seed=config.seed, rules=rules
   )
-  writer = metrics.Writer(workdir, num_steps=config.steps, tensorboard=config.tensorboard)
+  writer = metrics.Writer(workdir, num_steps=config.num_steps, tensorboard=config.tensorboard)
   writer.say(f"{task.name}: {setup.num_params:,} parameters on mesh {dict(mesh.shape)}")
   with contextlib.ExitStack() as stack:
     stack.callback(writer.close)
@@ -97,10 +97,8 @@ def fit(
     stack.enter_context(jax.set_mesh(mesh))
     start, state = _restore_or_init(setup, checkpointer, writer)
     result = FitResult(step=start, loss=math.nan, evals={}, preempted=False, state=state, setup=setup)
-    if start >= config.steps:
-      writer.say(
-        f"nothing to do: {workdir} is finished at step {start} of {config.steps}"
-      )
+    if start >= config.num_steps:
+      writer.say(f"nothing to do: {workdir} is finished at step {start} of {config.num_steps}")
       return result
     run = _Run(setup, config, checkpointer, writer, workdir, eval_batches, tuple(hooks), resolved_config)
     stop = stack.enter_context(_sigterm_flag())
@@ -120,7 +118,7 @@ class _Run:
 
 
 def _train(run: _Run, result: FitResult, train_batches: Batches, stop: list) -> FitResult:
-  setup, config, writer, num_steps = run.setup, run.config, run.writer, run.config.steps
+  setup, config, writer, num_steps = run.setup, run.config, run.writer, run.config.num_steps
   start, state, evals, loss = result.step, result.state, {}, math.nan
   abstract_batch = batch_struct(setup.task)
   train_step = _compile(setup, config, abstract_batch, writer)
@@ -204,7 +202,7 @@ class _Feed:
     with self.window.waiting():
       batch = next(self.batches, None)
     if batch is None:
-      raise ValueError("the training data ended before train.steps; an endless stream is expected")
+      raise ValueError("the training data ended before train.num_steps; an endless stream is expected")
     stats = metrics.HostStats.of(batch, float(self.setup.task.flops_fn(batch)))
     self.held = multihost.to_global(batch, self.shardings, self.rows), stats
 
