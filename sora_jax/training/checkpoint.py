@@ -147,7 +147,7 @@ def restore_params(
 
 
 def check_config(workdir: str | Path, config: dict, identity: tuple[str, ...]) -> None:
-  """Refuses a config whose `identity` keys differ from those of the run in `workdir`; then writes it there."""
+  """Refuses a config whose `identity` keys differ from those of the run in `workdir`, or writes it."""
   path = Path(workdir) / "config.json"
   if path.exists():
     old, new = flatten(json.loads(path.read_text())), flatten(json.loads(json.dumps(config)))

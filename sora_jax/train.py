@@ -1,0 +1,143 @@
+"""python -m sora_jax.train --config=configs/NAME.py[:PRESET] --workdir=DIR [--config.SECTION.KEY=VALUE ...]
+
+Trains what the config says; checkpoints, config, vocabulary, metrics and sample grids go to the workdir.
+The same command again resumes. Exit code 42: told to stop by SIGTERM, saved.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+from pathlib import Path
+
+import jax
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec, build_source, split_ids
+from sora_jax import cli, sample_grid
+from sora_jax.conditioning import tokenizer as tokenizer_lib
+from sora_jax.conditioning.tokenizer import Tokenizer
+from sora_jax.diffusion.objectives import ObjectiveConfig
+from sora_jax.generate import SampleConfig
+from sora_jax.models.dit import DiTConfig
+from sora_jax.parallel import multihost
+from sora_jax.parallel.mesh import MeshConfig, local_rows, make_mesh
+from sora_jax.tasks import registry
+from sora_jax.training.hooks import Hook
+from sora_jax.training.loop import TrainConfig, fit
+from sora_jax.training.optimizer import OptimizerConfig
+
+FLAGS = flags.FLAGS
+TOKENIZER = "tokenizer.json"
+SECTIONS = {
+  "model", "text", "diffusion", "data", "optimizer", "mesh", "train", "sample", "task", "seed",
+}  # fmt: skip
+# How the network is computed may change between starts of a run; what it is may not.
+COMPUTE = ("dtype", "remat", "attention")
+IDENTITY = (
+  "task",
+  "text",
+  "data.patch",
+  "diffusion.path",
+  "diffusion.prediction",
+  *(f"model.{field.name}" for field in dataclasses.fields(DiTConfig) if field.name not in COMPUTE),
+)
+
+
+def define_flags() -> None:
+  config_flags.DEFINE_config_file(
+    "config", None, "FILE.py or FILE.py:PRESET, with a get_config(preset)."
+  )
+  flags.DEFINE_string("workdir", None, "Folder of the run; made where missing, resumed where it holds a run.")
+
+
+def main(argv: list[str]) -> int:
+  del argv
+  if FLAGS.config is None or not FLAGS.workdir:
+    raise ValueError("both --config=FILE.py and --workdir=DIR are needed")
+  multihost.initialize_from_env()
+  config, workdir = FLAGS.config, Path(FLAGS.workdir)
+  if unknown := sorted(set(config) - SECTIONS):
+    raise ValueError(f"config has no section {', '.join(unknown)}; it has {', '.join(sorted(SECTIONS))}")
+  # Every section is read before anything slow, so that a wrong key fails at once.
+  train = dataclasses.replace(registry.section(TrainConfig, config, "train"), seed=config.seed)
+  optimizer = registry.section(OptimizerConfig, config, "optimizer")
+  data = registry.section(DataConfig, config, "data")
+  registry.section(DiTConfig, config, "model")
+  registry.section(SampleConfig, config, "sample")
+  registry.section(ObjectiveConfig, config, "diffusion")
+  mesh = make_mesh(registry.section(MeshConfig, config, "mesh"))
+  say(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
+
+  spec, rows = batch_spec(data), local_rows(mesh, data.rows)
+  workdir.mkdir(parents=True, exist_ok=True)
+  source = build_source(data)
+  tokenizer = vocabulary(workdir, source, data, config.text)
+  task = registry.build(config, batch_spec=spec, vocab_size=tokenizer.vocab_size)
+  pipeline = Pipeline(source, data, spec, tokenizer)
+  say(str(pipeline.report()))
+  held_out = None
+  if data.num_eval or data.eval_fraction:
+    held_out = Pipeline(source, data, spec, tokenizer, split="eval")
+  result = fit(
+    task,
+    config=train,
+    optimizer=optimizer,
+    mesh=mesh,
+    train_batches=functools.partial(pipeline.batches, rows=rows),
+    # Read once, at the first evaluation.
+    eval_batches=functools.cache(lambda: held_out.epoch_batches(rows)) if held_out else None,
+    workdir=workdir,
+    resolved_config=json.loads(json.dumps(config.to_dict())),
+    identity=IDENTITY,
+    hooks=grids(config, held_out or pipeline, tokenizer),
+  )
+  if result.preempted:
+    return cli.PREEMPTED
+  say(f"done: step {result.step}, checkpoints in {workdir / 'checkpoints'}")
+  return 0
+
+
+def vocabulary(workdir: Path, source, data: DataConfig, text: ml_collections.ConfigDict) -> Tokenizer:
+  """That of the workdir; learned from the captions to train on where there is none yet."""
+  path = workdir / TOKENIZER
+  if multihost.is_main() and not path.is_file():
+    infos = {i: source.info(i) for i in range(len(source))}
+    captions = (c for i in split_ids(infos, data, "train") for c in infos[i].captions)
+    learned = tokenizer_lib.train(captions, vocab_size=text.vocab_size, max_tokens=text.max_tokens)
+    partial = path.with_suffix(".tmp")
+    learned.save(partial)
+    partial.replace(path)
+  multihost.barrier("vocabulary")
+  return tokenizer_lib.load(path, max_tokens=text.max_tokens)
+
+
+def grids(config: ml_collections.ConfigDict, pipeline: Pipeline, tokenizer: Tokenizer) -> tuple[Hook, ...]:
+  """Sample grids during training, of captions that are held out where any are."""
+  sample, patch = registry.section(SampleConfig, config, "sample"), pipeline.config.patch
+  requests = sample_grid.held_out_requests(
+    pipeline.infos, pipeline.specs, patch=patch, num_samples=sample.num_samples
+  )
+  if not requests:
+    return ()
+  hook = sample_grid.sample_hook(
+    requests,
+    config=sample,
+    diffusion=registry.section(ObjectiveConfig, config, "diffusion"),
+    tokenize=tokenizer,
+    spec=pipeline.spec,
+    patch=patch,
+  )
+  return (hook,)
+
+
+def say(text: str) -> None:
+  if multihost.is_main():
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+  define_flags()
+  cli.run(main)
