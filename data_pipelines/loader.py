@@ -127,7 +127,8 @@ class RowLoader:
   def _given(self, i: int, epoch: int, grid: Grid) -> np.ndarray | None:
     """Tokens of the first frames, as a prompt; never all of them, and none of an image."""
     frames, cells = grid[0], grid[1] * grid[2]
-    if not self.is_train or frames < 2 or self._draw(_GIVEN, epoch, i) >= self.config.given_probability:
+    probability = self.config.given_probability if self.is_train and frames > 1 else 0.0
+    if not probability or self._draw(_GIVEN, epoch, i) >= probability:
       return None
     count = 1
     if self._draw(_GIVEN_KIND, epoch, i) >= self.config.given_image_share:
