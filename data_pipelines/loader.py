@@ -133,7 +133,7 @@ class RowLoader:
     count = 1
     if self._draw(_GIVEN_KIND, epoch, i) >= self.config.given_image_share:
       count += int(self._draw(_GIVEN_COUNT, epoch, i) * (frames // 2))
-    return np.arange(frames * cells) < min(count, frames // 2) * cells
+    return np.arange(frames * cells) < count * cells
 
 
 def total_frames(info: SampleInfo, spec: ClipSpec) -> int:

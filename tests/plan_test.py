@@ -22,6 +22,14 @@ def test_rows_hold_each_sample_once_within_limits(method, cost, n, max_samples):
   assert all(1 <= len(row) <= max_samples and lengths[list(row)].sum() <= 512 for row in rows)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_long_samples_never_overfill_a_row(seed):
+  lengths = lengths_of(60, 30, 300, seed)
+  rows = plan_window(lengths, row_tokens=512, max_samples=5, cost=(1.0, 0.01))
+  assert sorted(itertools.chain(*rows)) == list(range(60))
+  assert all(len(row) <= 5 and lengths[list(row)].sum() <= 512 for row in rows)
+
+
 def test_best_fit_beats_greedy_and_pads_little():
   lengths = lengths_of(4096)
   rows = {m: len(plan_window(lengths, row_tokens=512, max_samples=16, method=m)) for m in METHODS}
@@ -69,6 +77,21 @@ def test_every_sample_once_an_epoch_also_after_groupings_recur():
     assert sorted(seen[epoch]) == list(range(100))
     assert sorted(i for row in plan.rows_of_epoch(epoch) for i in row.ids) == list(range(100))
   assert len({tuple(seen[e]) for e in complete}) == len(complete)  # each in an order of its own
+
+
+def test_windows_come_in_a_new_order_when_groupings_recur():
+  plan = make_plan(n=100, window=10)
+  plan._cycle = 2
+  plan.row(10_000)
+  per_epoch = len(plan.rows_of_epoch(0))
+  two_epochs = int(plan._ends[-1])
+  first, again = ([plan.row(start + r) for r in range(per_epoch)] for start in (0, two_epochs))
+  assert {row.epoch for row in again} == {2}
+  assert sorted(r.ids for r in first) == sorted(r.ids for r in again)
+  windows = [
+    [next(w for w in range(10) if r.ids in plan._window(0, w)) for r in rows] for rows in (first, again)
+  ]
+  assert windows[0] == sorted(windows[0]) and windows[1] != windows[0]
 
 
 def test_rows_are_a_pure_function_of_the_step():
