@@ -37,6 +37,13 @@ def test_best_fit_beats_greedy_and_pads_little():
   assert 1 - lengths.sum() / (512 * rows["best_fit"]) < 0.015
 
 
+def test_a_cap_on_samples_does_not_waste_rows():
+  lengths = lengths_of(2000, 9, 64)
+  rows = plan_window(lengths, row_tokens=256, max_samples=12)
+  assert len(rows) <= len(plan_window(lengths, row_tokens=256, max_samples=12, method="greedy"))
+  assert 1 - lengths.sum() / (256 * len(rows)) < 0.01
+
+
 def test_cost_evens_out_rows_without_adding_any():
   lengths = lengths_of(4096)
   spread = {}

@@ -2,6 +2,7 @@
 
 import collections
 import heapq
+import itertools
 import math
 import threading
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ METHODS = ("best_fit", "greedy")
 _CYCLE_IDS = 2**20  # groupings are planned afresh for about this many samples, then reused in a new order
 _CACHED_WINDOWS = 8
 _SPREAD_SHARES = (0.9, 0.75, 0.5)  # of the tokens, tried in turn
+_FEWER_ROWS = 2  # row counts tried below that of best fit
 _SUBSET_IDS = 1024  # windows up to this are small enough for an exact filling
 
 Row = tuple[int, ...]
@@ -70,11 +72,15 @@ def _best_fit(lengths: np.ndarray, row_tokens: int, max_samples: int, cost: tupl
   rows = _fill_tightest(sorted_lengths, [], 0, row_tokens, max_samples)
   if cost != (0.0, 0.0) and len(rows) > 1:
     done = np.cumsum(sorted_lengths) / sorted_lengths.sum()
-    for share in _SPREAD_SHARES:  # the most even packing that needs no more rows
+    fewest = max(-(-int(lengths.sum()) // row_tokens), -(-len(lengths) // max_samples))
+    # Best fit heaps short samples up; where their number and not their length ends a row, dealing saves rows.
+    crowded = sum(len(row) == max_samples for row in rows) > 0.05 * len(rows)
+    targets = range(fewest, len(rows) + 1)[:_FEWER_ROWS] if crowded else ()
+    for target, share in itertools.product(dict.fromkeys((*targets, len(rows))), _SPREAD_SHARES):
       first = int(np.searchsorted(done, share))
-      even = _spread(sorted_lengths[:first], len(rows), row_tokens, max_samples, cost)
+      even = _spread(sorted_lengths[:first], target, row_tokens, max_samples, cost)
       even = _fill_tightest(sorted_lengths, even, first, row_tokens, max_samples) if even else []
-      if even and len(even) <= len(rows):
+      if even and len(even) <= target:  # the most even packing in the fewest rows
         rows = even
         break
   if len(lengths) <= _SUBSET_IDS and len(rows) > -(-int(lengths.sum()) // row_tokens):
