@@ -12,7 +12,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model = ml_collections.ConfigDict()
   config.model.size = "S"
   config.model.dtype = "float32"
-  config.model.remat = "none"
+  config.model.remat = "dots"
   config.model.attention = "auto"
 
   # sora_jax/conditioning/text.py TextConfig; vocab_size is an upper bound, the captions decide
@@ -55,7 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   # sora_jax/training/loop.py TrainConfig
   config.train = ml_collections.ConfigDict()
-  config.train.steps = 10_000
+  config.train.num_steps = 10_000
 
   # sora_jax/generate.py SampleConfig: the defaults of sora_jax.sample and of the grids during training
   config.sample = ml_collections.ConfigDict()

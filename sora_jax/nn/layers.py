@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sora_jax.nn.matmul import tokens_times_weight
 from sora_jax.types import Array
 
 Logical = tuple[str | None, ...]
@@ -41,7 +42,7 @@ class Linear(nnx.Module):
     self.dtype = dtype
 
   def __call__(self, x: Array) -> Array:
-    y = x.astype(self.dtype) @ self.w[...].astype(self.dtype)
+    y = tokens_times_weight(x.astype(self.dtype), self.w[...].astype(self.dtype))
     return y if self.b is None else y + self.b[...].astype(self.dtype)
 
 
