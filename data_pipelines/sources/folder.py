@@ -9,8 +9,8 @@ from data_pipelines.sources.base import Entry, UnreadableError
 # Names only choose what is looked into; what a file is, its content says.
 MEDIA_SUFFIXES = frozenset(
   [
-    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".flv", ".wmv"),
-    *(".ogv", ".3gp", ".mxf", ".h264", ".ivf", ".gif"),
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg"),
+    *(".flv", ".wmv", ".ogv", ".3gp", ".mxf", ".h264", ".ivf", ".gif"),
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"),
   ]
 )

@@ -2,7 +2,6 @@
 
 import collections
 import heapq
-import itertools
 import math
 import threading
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ METHODS = ("best_fit", "greedy")
 _CYCLE_IDS = 2**20  # groupings are planned afresh for about this many samples, then reused in a new order
 _CACHED_WINDOWS = 8
 _SPREAD_SHARES = (0.9, 0.75, 0.5)  # of the tokens, tried in turn
-_FEWER_ROWS = 1  # row counts tried below that of best fit
+_FEWER_ROWS = 2  # row counts tried below that of best fit
 _SUBSET_IDS = 1024  # windows up to this are small enough for an exact filling
 
 Row = tuple[int, ...]
@@ -76,7 +75,8 @@ def _best_fit(lengths: np.ndarray, row_tokens: int, max_samples: int, cost: tupl
     # Best fit heaps short samples up; where their number and not their length ends a row, dealing saves rows.
     crowded = sum(len(row) == max_samples for row in rows) > 0.01 * len(rows)
     targets = range(fewest, len(rows) + 1)[:_FEWER_ROWS] if crowded else ()
-    for target, share in itertools.product(dict.fromkeys((*targets, len(rows))), _SPREAD_SHARES):
+    tries = [(target, _SPREAD_SHARES[1]) for target in targets if target < len(rows)]
+    for target, share in (*tries, *((len(rows), share) for share in _SPREAD_SHARES)):
       first = int(np.searchsorted(done, share))
       even = _spread(sorted_lengths[:first], target, row_tokens, max_samples, cost)
       even = _fill_tightest(sorted_lengths, even, first, row_tokens, max_samples) if even else []
