@@ -113,7 +113,7 @@ class Writer:
     self.started, self.first_step = time.monotonic(), None
     self.jsonl = self.board = None
     if self.active:
-      self.jsonl = (Path(workdir) / "metrics.jsonl").open("a")
+      self.jsonl = open_to_append(Path(workdir) / "metrics.jsonl")
       if tensorboard:
         self.board = tensorboardX.SummaryWriter(str(Path(workdir) / "tensorboard"))
 
@@ -158,6 +158,14 @@ class Writer:
     for file in (self.jsonl, self.board):
       if file:
         file.close()
+
+
+def open_to_append(path: Path):
+  """For lines; one that a killed run left half written is cut off."""
+  if path.exists() and (text := path.read_bytes()) and not text.endswith(b"\n"):
+    with path.open("r+b") as file:
+      file.truncate(text.rfind(b"\n") + 1)
+  return path.open("a")
 
 
 def si(value: float) -> str:
