@@ -85,7 +85,7 @@ class Pipeline:
       raise ValueError(f"{rows} holds none of the {self.spec.rows} rows of a batch")
     config, num_rows = self.config, len(local)
     source = _Rows(self.plan, self.loader, self._ids, start_step, local)
-    buffer = num_rows * config.prefetch
+    buffer = max(num_rows * config.prefetch, config.threads)
     threads = grain.ReadOptions(
       num_threads=config.threads, prefetch_buffer_size=buffer if config.threads else 0
     )

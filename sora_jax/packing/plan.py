@@ -2,6 +2,7 @@
 
 import collections
 import heapq
+import itertools
 import math
 import threading
 from collections.abc import Sequence
@@ -72,11 +73,10 @@ def _best_fit(lengths: np.ndarray, row_tokens: int, max_samples: int, cost: tupl
   if cost != (0.0, 0.0) and len(rows) > 1:
     done = np.cumsum(sorted_lengths) / sorted_lengths.sum()
     fewest = max(-(-int(lengths.sum()) // row_tokens), -(-len(lengths) // max_samples))
-    # Best fit heaps short samples up; where their number and not their length ends a row, dealing saves rows.
-    crowded = sum(len(row) == max_samples for row in rows) > 0.01 * len(rows)
-    targets = range(fewest, len(rows) + 1)[:_FEWER_ROWS] if crowded else ()
-    tries = [(target, _SPREAD_SHARES[1]) for target in targets if target < len(rows)]
-    for target, share in (*tries, *((len(rows), share) for share in _SPREAD_SHARES)):
+    # Best fit heaps short samples up; where their number, not their length, ends rows, dealing them saves rows.
+    is_wasteful = len(rows) - fewest > 0.01 * len(rows)
+    targets = range(fewest, len(rows))[:_FEWER_ROWS] if is_wasteful else ()
+    for target, share in itertools.product((*targets, len(rows)), _SPREAD_SHARES):
       first = int(np.searchsorted(done, share))
       even = _spread(sorted_lengths[:first], target, row_tokens, max_samples, cost)
       even = _fill_tightest(sorted_lengths, even, first, row_tokens, max_samples) if even else []
