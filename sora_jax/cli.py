@@ -34,10 +34,26 @@ def _parse(argv: Sequence[str]) -> list[str]:
   except Exception as error:  # config files run while flags are parsed: anything may come
     if debug and not isinstance(error, flags.Error):
       raise
-    _fail(error, USER_ERROR)
+    _fail(_of_config(error, argv), USER_ERROR)
   if len(rest) > 1:
     _fail(ValueError(f"unexpected argument {rest[1]!r}: every option is --name=value"), USER_ERROR)
   return rest
+
+
+def _of_config(error: Exception, argv: Sequence[str]) -> Exception:
+  """What ml_collections says of a config flag, in the user's terms."""
+  text = str(error)
+  if isinstance(error, AttributeError | KeyError):
+    last = text.strip("\"' ").split("'")[0]
+    keys = [arg[2:].split("=")[0] for arg in argv if arg.startswith("--config.")]
+    wrong = [key for key in keys if last in key.split(".")]
+    return flags.Error(f"the config has no key {wrong[0]}") if wrong else error
+  if "Traceback" in text:  # the config file itself failed: its own words come last
+    return flags.Error(text.strip().splitlines()[-1].removeprefix("ValueError: "))
+  if "No such file" in text and "config" in text:
+    named = next((arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")), "")
+    return flags.Error(f"--config={named}: no such file")
+  return error
 
 
 def _guarded(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
@@ -50,7 +66,10 @@ def _guarded(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
   except _MISTAKES as error:
     if _DEBUG.value:
       raise
-    _fail(error, USER_ERROR)
+    # A config that could not be loaded is reported when it is first used.
+    _fail(
+      _of_config(error, sys.argv) if "Configuration is not available" in str(error) else error, USER_ERROR
+    )
 
 
 def _fail(error: Exception, code: int) -> None:
