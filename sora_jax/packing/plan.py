@@ -14,7 +14,6 @@ METHODS = ("best_fit", "greedy")
 _CYCLE_IDS = 2**20  # groupings are planned afresh for about this many samples, then reused in a new order
 _CACHED_WINDOWS = 8
 _SPREAD_SHARES = (0.9, 0.75, 0.5)  # of the tokens, tried in turn
-_FEWER_ROWS = 2  # row counts tried below that of best fit
 _SUBSET_IDS = 1024  # windows up to this are small enough for an exact filling
 
 Row = tuple[int, ...]
@@ -73,9 +72,9 @@ def _best_fit(lengths: np.ndarray, row_tokens: int, max_samples: int, cost: tupl
   if cost != (0.0, 0.0) and len(rows) > 1:
     done = np.cumsum(sorted_lengths) / sorted_lengths.sum()
     fewest = max(-(-int(lengths.sum()) // row_tokens), -(-len(lengths) // max_samples))
-    # Best fit heaps short samples up; where their number, not their length, ends rows, dealing them saves rows.
+    # Best fit heaps short samples up; where their number, not their length, ends rows, dealing saves rows.
     is_wasteful = len(rows) - fewest > 0.01 * len(rows)
-    targets = range(fewest, len(rows))[:_FEWER_ROWS] if is_wasteful else ()
+    targets = sorted({fewest, (fewest + len(rows)) // 2, len(rows) - 1}) if is_wasteful else ()
     for target, share in itertools.product((*targets, len(rows)), _SPREAD_SHARES):
       first = int(np.searchsorted(done, share))
       even = _spread(sorted_lengths[:first], target, row_tokens, max_samples, cost)
