@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from data_pipelines.video_io import UnreadableError
 from sora_jax.training.loop import DivergedError
@@ -57,6 +57,11 @@ def _of_config(error: Exception, argv: Sequence[str]) -> Exception:
 
 
 def _guarded(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)
+    # Orbax warns of its own defaults; what befalls a checkpoint, training/checkpoint.py tells.
+    error = logging.converter.absl_to_standard(logging.ERROR)
+    logging.get_absl_handler().addFilter(lambda r: r.levelno >= error or "orbax" not in r.pathname)
   try:
     return main(argv) or 0
   except KeyboardInterrupt:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 import ml_collections
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec, build_source, split_ids
@@ -57,8 +57,6 @@ def main(argv: list[str]) -> int:
   del argv
   if FLAGS.config is None or not FLAGS.workdir:
     raise ValueError("both --config=FILE.py and --workdir=DIR are needed")
-  if not FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)  # orbax tells much
   multihost.initialize_from_env()
   config, workdir = FLAGS.config, Path(FLAGS.workdir)
   if unknown := sorted(set(config) - SECTIONS):
