@@ -74,7 +74,7 @@ def _best_fit(lengths: np.ndarray, row_tokens: int, max_samples: int, cost: tupl
     fewest = max(-(-int(lengths.sum()) // row_tokens), -(-len(lengths) // max_samples))
     # Best fit heaps short samples up; where their number, not their length, ends rows, dealing saves rows.
     is_wasteful = len(rows) - fewest > 0.01 * len(rows)
-    targets = sorted({fewest, (fewest + len(rows)) // 2, len(rows) - 1}) if is_wasteful else ()
+    targets = sorted({fewest, fewest + 1, (fewest + len(rows)) // 2, len(rows) - 1}) if is_wasteful else ()
     for target, share in itertools.product((*targets, len(rows)), _SPREAD_SHARES):
       first = int(np.searchsorted(done, share))
       even = _spread(sorted_lengths[:first], target, row_tokens, max_samples, cost)
