@@ -82,9 +82,10 @@ def _attend_fwd(q_BLKS, k_BMKS, v_BMKS, q_segment_BL, k_segment_BM, block_q, blo
 def _forward(q_BLKS, k_BMKS, v_BMKS, q_segment_BL, k_segment_BM, block_q, block_k):
   B, L, K, S = q_BLKS.shape
   q = _heads_first(q_BLKS, q_segment_BL, -L % block_q)
-  k, v = (_heads_first(x, k_segment_BM, block_k) for x in (k_BMKS, v_BMKS))
-  q_segment, k_segment = _pad(q_segment_BL, -L % block_q), _pad(k_segment_BM, block_k)
-  first, length = key_ranges(q_segment_BL, k_segment_BM, block_q)
+  k_pad = _key_padding(k_BMKS.shape[1], block_k)
+  k, v = (_heads_first(x, k_segment_BM, k_pad) for x in (k_BMKS, v_BMKS))
+  q_segment, k_segment = _pad(q_segment_BL, -L % block_q), _pad(k_segment_BM, k_pad)
+  first, length = _ranges(q_segment_BL, k_segment_BM, block_q, block_k)
 
   def query_block(_, tile):
     row, start, first_key, num_keys = tile
@@ -124,9 +125,10 @@ def _attend_bwd(block_q, block_k, residuals, do_BLKS):
   B, L, K, S = q_BLKS.shape
   M = k_BMKS.shape[1]
   q, do, o = (_heads_first(x, q_segment_BL, -L % block_q) for x in (q_BLKS, do_BLKS, o_BLKS))
-  k, v = (_heads_first(x, k_segment_BM, block_k) for x in (k_BMKS, v_BMKS))
-  q_segment, k_segment = _pad(q_segment_BL, -L % block_q), _pad(k_segment_BM, block_k)
-  first, length = key_ranges(q_segment_BL, k_segment_BM, block_q)
+  k_pad = _key_padding(k_BMKS.shape[1], block_k)
+  k, v = (_heads_first(x, k_segment_BM, k_pad) for x in (k_BMKS, v_BMKS))
+  q_segment, k_segment = _pad(q_segment_BL, -L % block_q), _pad(k_segment_BM, k_pad)
+  first, length = _ranges(q_segment_BL, k_segment_BM, block_q, block_k)
   delta_BKL = (do.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1)
 
   def query_block(carry, tile):
@@ -155,13 +157,27 @@ def _attend_bwd(block_q, block_k, residuals, do_BLKS):
     return (dk, dv), dq.astype(q.dtype)
 
   # Sums over query blocks: fp32 so that bf16 inputs lose nothing on the way.
-  zeros = jnp.zeros((B, K, M + block_k, S), jnp.float32)
+  zeros = jnp.zeros((B, K, M + k_pad, S), jnp.float32)
   (dk, dv), dq = lax.scan(query_block, (zeros, zeros), _tile_list(first, length, block_q))
   dk, dv = (x[:, :, :M].transpose(0, 2, 1, 3).astype(k_BMKS.dtype) for x in (dk, dv))
   return _tokens_first(dq, B, L), dk, dv, None, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _key_padding(num_keys, block_k):
+  """A chunk may start at any key, so one chunk of padding follows; none where one chunk holds all keys."""
+  return block_k if num_keys > block_k else block_k - num_keys
+
+
+def _ranges(q_segment_BL, k_segment_BM, block_q, block_k):
+  """key_ranges, or all keys for every block that needs any where one chunk holds them."""
+  first, length = key_ranges(q_segment_BL, k_segment_BM, block_q)
+  num_keys = k_segment_BM.shape[1]
+  if num_keys > block_k:
+    return first, length
+  return jnp.zeros_like(first), jnp.where(length > 0, num_keys, 0)
 
 
 def _scores(q_KqS, k_KkS, segment_q, segment_k):
