@@ -127,11 +127,18 @@ def _default_size(run: TrainedRun, media: str) -> dict:
     side = max(1, int(budget**0.5))
     size = {"width": side * pw, "height": side * ph, "num_frames": frames, "fps": run.data.target_fps}
   if media:
-    info = video_io.probe(media)
+    info = _probe(media)
     budget = (size["width"] // pw) * (size["height"] // ph)
     fit = fit_size(1, info.height, info.width, 0.0, patch=run.data.patch, max_tokens=budget)
     size |= {"width": fit.width, "height": fit.height}
   return size | {"fps": size["fps"] or FALLBACK_FPS}
+
+
+def _probe(path: str) -> video_io.MediaInfo:
+  try:
+    return video_io.probe(path)
+  except video_io.UnreadableError as error:
+    raise ValueError(f"the prompt {path} cannot be read: {error}") from None
 
 
 def _read_image(path: str, request: Request) -> np.ndarray:
@@ -140,7 +147,7 @@ def _read_image(path: str, request: Request) -> np.ndarray:
 
 def _read_video(path: str, request: Request, run: TrainedRun, num_frames: int | None) -> np.ndarray:
   """The last frames of the file at the request's rate."""
-  pt, info = run.data.patch[0], video_io.probe(path)
+  pt, info = run.data.patch[0], _probe(path)
   if info.num_frames == 1:
     return _read_image(path, request)
   there = max(1, int(info.num_frames / info.fps * request.fps + 1e-6))

@@ -1,0 +1,161 @@
+"""The mains as a user runs them: bad input is one clear line and exit code 2; a run from start to samples."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+DEBUG = "--config=configs/quickstart.py:debug"
+SMALL = ("--config.model.width=16", "--config.model.depth=1", "--config.train.num_steps=2")
+TRAIN, SAMPLE, EVALUATE, PLOTS = (f"sora_jax.{name}" for name in ("train", "sample", "evaluate", "plots"))
+
+
+def start(*args) -> subprocess.Popen:
+  """A main in a process of its own, on one device."""
+  kept = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
+  env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(kept), "PYTHONPATH": str(ROOT)}
+  command = [sys.executable, "-m", *map(str, args)]
+  return subprocess.Popen(
+    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env
+  )
+
+
+def run(*args) -> str:
+  out, err = (process := start(*args)).communicate(timeout=300)
+  assert process.returncode == 0, err[-3000:]
+  return out
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  """A run of two steps."""
+  workdir = tmp_path_factory.mktemp("run")
+  run(TRAIN, DEBUG, f"--workdir={workdir}", *SMALL)
+  return workdir
+
+
+def bad_inputs(folder: Path) -> dict:
+  """name -> (arguments, what the line says)."""
+  empty, mute, other = (folder / name for name in ("empty", "mute", "other"))
+  for path in (empty, mute, other):
+    path.mkdir()
+  Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(mute / "a.png")
+  (folder / "file").write_text("not a folder")
+  (folder / "broken.py").write_text("def get_config(preset=''):\n  return undefined_name\n")
+  (other / "config.json").write_text(json.dumps({"task": "text_to_video", "model": {"width": 99}}))
+  new = f"--workdir={folder / 'new'}"
+  train = (TRAIN, DEBUG, new)
+  return {
+    "unknown key": ((*train, "--config.model.colour=3"), "colour"),
+    "unknown flag": ((*train, "--colour=3"), "colour"),
+    "wrong type": ((*train, "--config.model.width=wide"), "wide"),
+    "wrong value": ((*train, "--config.diffusion.path=linear"), "diffusion.path='linear' is not one of"),
+    "no config": ((TRAIN, new), "--config=FILE.py and --workdir=DIR"),
+    "config not there": ((TRAIN, "--config=configs/none.py", new), "configs/none.py"),
+    "config broken": ((TRAIN, f"--config={folder / 'broken.py'}", new), "undefined_name"),
+    "unknown preset": ((TRAIN, "--config=configs/quickstart.py:huge", new), "no preset 'huge'"),
+    "no folder": ((*train, f"--config.data.source={folder / 'none'}"), "none"),
+    "empty folder": ((*train, f"--config.data.source={empty}"), "empty"),
+    "no captions": ((*train, f"--config.data.source={mute}"), "caption"),
+    "unwritable": ((TRAIN, DEBUG, f"--workdir={folder / 'file' / 'run'}"), "Not a directory"),
+    "other model": ((TRAIN, DEBUG, f"--workdir={other}"), "model.width was 99, now 32"),
+    "mesh": ((*train, "--config.mesh.fsdp=3"), "fsdp=3"),
+    "no run": ((SAMPLE, f"--workdir={folder / 'none'}", "--prompt=a"), "not the workdir of a training run"),
+    "no prompt": ((SAMPLE, f"--workdir={other}"), 'give --prompt="..."'),
+    "evaluate no run": ((EVALUATE, f"--workdir={empty}"), "not the workdir of a training run"),
+    "plot nothing": ((PLOTS, f"--workdir={empty}"), "no losses"),
+  }
+
+
+def test_bad_input_is_one_clear_line(tmp_path):
+  """Three at a time: most of the time goes into imports."""
+  cases, wrong = bad_inputs(tmp_path), []
+  names = list(cases)
+  for i in range(0, len(names), 3):
+    processes = {name: start(*cases[name][0]) for name in names[i : i + 3]}
+    for name, process in processes.items():
+      out, err = process.communicate(timeout=120)
+      lines = [line for line in err.splitlines() if line.startswith("error: ")]
+      ok = process.returncode == 2 and len(lines) == 1 and cases[name][1] in lines[0]
+      if not ok or err.splitlines()[-1] != lines[0] or "Traceback" in err:
+        wrong.append(f"{name}: code {process.returncode}, {out}{err[-2000:]}")
+  assert not wrong, "\n".join(wrong)
+  assert not (tmp_path / "new").exists() or not (tmp_path / "new" / "checkpoints").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path):
+  _, err = (process := start(SAMPLE, f"--workdir={tmp_path}", "--prompt=a", "--debug")).communicate()
+  assert process.returncode not in (0, 2) and "Traceback" in err and "FileNotFoundError" in err
+
+
+def test_a_run_from_start_to_samples(workdir, tmp_path):
+  for name in (
+    "config.json",
+    "tokenizer.json",
+    "metrics.jsonl",
+    "held_out_prompts.txt",
+    "samples/step_000002.png",
+  ):
+    assert (workdir / name).is_file(), name
+  assert list((workdir / "checkpoints").iterdir()) and list((workdir / "tensorboard").iterdir())
+  image = tmp_path / "first.png"
+  Image.fromarray(np.full((32, 64, 3), (200, 30, 60), np.uint8)).save(image)
+  prompts = tmp_path / "prompts.txt"
+  prompts.write_text("# two\na photo --w 24 --h 32 --f 1\na clip --w 32 --h 16 --f 4 --fps 5 --d 3 --s 1\n")
+  out = tmp_path / "out"
+  common = (SAMPLE, f"--workdir={workdir}", f"--output_dir={out}", "--num_inference_steps=2")
+  lines = run(*common, "--prompt=a dog", f"--prompts_file={prompts}", "--num_videos_per_prompt=2").split()
+  assert lines[-1].endswith("sheet_0000.png") and len(lines) == 7
+  kinds = [Path(line).suffix for line in lines[:-1]]
+  assert kinds == [".mp4", ".mp4", ".png", ".png", ".mp4", ".mp4"]
+  assert Image.open(out / "sample_0002.png").size == (24, 32)
+  with av.open(str(out / "sample_0004.mp4")) as clip:
+    stream = clip.streams.video[0]
+    frames = [f.to_ndarray(format="rgb24") for f in clip.decode(stream)]
+    assert (stream.codec_context.name, stream.average_rate, np.shape(frames)) == ("h264", 5, (4, 16, 32, 3))
+  said = json.loads((out / "sample_0005.json").read_text())
+  assert said["prompt"] == "a clip" and (said["seed"], said["index"], said["num_inference_steps"]) == (
+    3,
+    1,
+    1,
+  )
+  assert said["checkpoint_step"] == 2 and said["versions"]["jax"] and said["config_digest"]
+  # What the file says makes the sample again; an image prompt keeps its aspect ratio; numbers go on.
+  again = [f"--{k}={said[k]}" for k in ("prompt", "width", "height", "num_frames", "fps", "seed", "sampler")]
+  run(*common[:3], *again, "--num_inference_steps=1", "--num_videos_per_prompt=2", f"--image={image}")
+  first = json.loads((out / "sample_0006.json").read_text())
+  assert first["image"] == str(image) and first["prompt_frames"] == 1
+  with av.open(str(out / "sample_0006.mp4")) as clip:
+    frame = next(clip.decode(video=0)).to_ndarray(format="rgb24").astype(int)
+  assert np.abs(frame - (200, 30, 60)).mean() < 8  # H.264 loses a little
+
+
+def test_wrong_sizes_name_the_nearest(workdir):
+  common = (SAMPLE, f"--workdir={workdir}", "--prompt=a dog")
+  cases = [
+    (("--width=50",), "width = 50 is no multiple of 8; nearest: 48 and 56"),
+    (("--num_frames=3",), "num_frames = 3 is neither 1 nor a multiple of 2; nearest: 2 and 4"),
+    (("--sampler=magic",), "sampler 'magic' is not one of euler, heun, ddim"),
+    (("--step=7",), "no checkpoint of step 7"),
+    (("--image=no.png",), "the prompt no.png cannot be read: missing"),
+  ]
+  processes = [start(*common, *args) for args, _ in cases]
+  for process, (_, says) in zip(processes, cases):
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and says in err and "Traceback" not in err, err[-2000:]
+
+
+def test_evaluation_and_plot(workdir):
+  out = run(EVALUATE, f"--workdir={workdir}", "--num_samples=6")
+  result = json.loads((workdir / "evaluation.json").read_text())
+  assert result["rendered_truth"] == {"colour": 1.0, "direction": 1.0}
+  assert set(result["samples"]) == {"colour", "direction"} and "rendered truth" in out
+  assert run(PLOTS, f"--workdir={workdir}").strip() == str(workdir / "loss.png")
+  assert Image.open(workdir / "loss.png").size[0] > 400
