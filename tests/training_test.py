@@ -118,6 +118,13 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counters():
   assert np.isfinite(run(toy.task(), data, steps=3)[0][2])
 
 
+def test_noise_differs_from_step_to_step():
+  still = OptimizerConfig(lr=0.0)
+  losses, _ = run(toy.task(), lambda step: toy.batch(0), steps=3, optimizer=still)
+  again, _ = run(toy.task(), lambda step: toy.batch(0), steps=3, optimizer=still)
+  assert len(set(losses)) == 3 and (losses == again).all()
+
+
 def test_only_trainable_variables_move():
   _, state = run(toy.task(), toy.batch, steps=2)
   assert set(state["rest"]) == {"frozen"} and (state["rest"]["frozen"] == 1).all()
