@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # From nothing to samples: makes an environment, trains a small model, samples from it, says where all lies.
-#   bash launch/quickstart.sh [--data=DIR_OR_METADATA_CSV] [--workdir=DIR]
+#   bash launch/quickstart.sh [--data=DIR_OR_METADATA_CSV] [--workdir=DIR] [--config.KEY=VALUE ...]
 # Without --data: captioned moving shapes that are drawn on the fly. With it: your own clips and images, in a
 # folder with captions beside them (a.mp4 + a.txt) or listed in a metadata.csv, .jsonl or .json.
 # --workdir: where results go (default: runs/quickstart, or runs/own_data). The same command again resumes.
+# --config.KEY=VALUE changes configs/quickstart.py, as --config.train.num_steps=100.
 # About 10 minutes on 2 CPU cores. See launch/environment.sh for the interpreter that is used.
 set -euo pipefail
 
@@ -11,7 +12,7 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
 usage() {
-  sed -n '2,7s/^# //p' "${BASH_SOURCE[0]}"
+  sed -n '2,8s/^# //p' "${BASH_SOURCE[0]}"
 }
 
 absolute() {
@@ -21,7 +22,7 @@ absolute() {
   esac
 }
 
-data="" workdir=""
+data="" workdir="" overrides=()
 while (($#)); do
   case "$1" in
     --data=?*) data="$(absolute "${1#*=}")" ;;
@@ -31,6 +32,7 @@ while (($#)); do
       set -- "$1=$2" "${@:3}"
       continue
       ;;
+    --config.?*=*) overrides+=("$1") ;;
     -h | --help)
       usage
       exit 0
@@ -47,10 +49,9 @@ if [[ -n "$data" && ! -e "$data" ]]; then
   fail "--data=$data does not exist"
 fi
 config=configs/quickstart.py
-overrides=()
 if [[ -n "$data" ]]; then
   config+=:own_data
-  overrides+=("--config.data.source=$data")
+  overrides=("--config.data.source=$data" ${overrides[@]+"${overrides[@]}"})
 fi
 cd -- "$ROOT"
 workdir="${workdir:-$ROOT/runs/$([[ -n "$data" ]] && echo own_data || echo quickstart)}"
