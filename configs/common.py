@@ -12,7 +12,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model = ml_collections.ConfigDict()
   config.model.size = "S"
   config.model.dtype = "float32"
-  config.model.remat = "none"
+  config.model.remat = "dots"
   config.model.attention = "auto"
 
   # sora_jax/conditioning/text.py TextConfig; vocab_size is an upper bound, the captions decide

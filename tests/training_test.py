@@ -15,7 +15,8 @@ from sora_jax.parallel.mesh import MeshConfig, local_rows, make_mesh
 from sora_jax.parallel.rules import Rules
 from sora_jax.training.hooks import Hook
 from sora_jax.training.loop import DivergedError, TrainConfig, fit
-from sora_jax.training.optimizer import OptimizerConfig, decay_mask, learning_rate, make_optimizer
+from sora_jax.training.muon import orthogonalize
+from sora_jax.training.optimizer import OptimizerConfig, decay_mask, hidden_mask, learning_rate, make_optimizer
 from sora_jax.training.state import init_state, make_setup
 from sora_jax.training.step import make_train_step
 from tests import tiny_dit, toy
@@ -150,11 +151,34 @@ def test_adamw_is_that_of_optax():
   mask = decay_mask(params)
   assert mask == {"up": True, "blocks": True, "blocks_down": True, "scale": False, "down": True}
   config = OptimizerConfig(lr=0.1, warmup_steps=0, weight_decay=0.3, clip_norm=0.0)
-  tx, _ = make_optimizer(config, num_steps=10, mask={"w": True, "b": False})
-  reference = optax.adamw(0.1, b1=0.9, b2=0.95, weight_decay=0.3, mask={"w": True, "b": False})
-  values = {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(3)}
+  tx, _ = make_optimizer(config, num_steps=10, abstract=params)
+  reference = optax.adamw(0.1, b1=0.9, b2=0.95, weight_decay=0.3, mask=mask)
+  values = jax.tree.map(lambda x: jnp.arange(x.size, dtype=x.dtype).reshape(x.shape) - 3, nnx.to_pure_dict(params))
   got, want = (t.update(values, t.init(values), values)[0] for t in (tx, reference))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
+
+
+def test_orthogonalize_evens_out_singular_values():
+  for shape in [(6, 6), (3, 4, 9), (2, 9, 4)]:
+    singular = jnp.linalg.svd(orthogonalize(jax.random.normal(jax.random.key(0), shape)), compute_uv=False)
+    assert 0.6 < singular.min() and singular.max() < 1.3
+
+
+def test_muon_touches_matrices_inside_the_network_alone():
+  """All else gets AdamW's update; the muon update is as large as Adam's would be."""
+  _, params = nnx.split(nnx.eval_shape(lambda: toy.Toy(nnx.Rngs(0))), nnx.Param, ...)[:2]
+  hidden = hidden_mask(params)
+  assert hidden["blocks"] and not hidden["scale"]
+  config = OptimizerConfig(name="muon", lr=0.1, warmup_steps=0, clip_norm=0.0)
+  plain = OptimizerConfig(lr=0.1, warmup_steps=0, clip_norm=0.0)
+  keys = iter(jax.random.split(jax.random.key(1), 99))
+  values = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape), nnx.to_pure_dict(params))
+  txs = [make_optimizer(c, num_steps=10, abstract=params)[0] for c in (config, plain)]
+  got, want = (tx.update(values, tx.init(values), values)[0] for tx in txs)
+  for name, is_hidden in hidden.items():
+    assert np.allclose(got[name], want[name]) != is_hidden, name
+    ratio = float(jnp.sqrt(jnp.mean(got[name] ** 2) / jnp.mean(want[name] ** 2)))
+    assert 0.1 < ratio < 1.5, (name, ratio)
 
 
 @pytest.mark.parametrize(

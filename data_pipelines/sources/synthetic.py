@@ -22,11 +22,12 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (y, x)
-SPEEDS = {"slowly": 1.5, "quickly": 3.0}  # pixels a frame at the native size
+SPEEDS = {"slowly": 0.6, "quickly": 1.1}  # of the room across the frame, per second
 BACKGROUNDS = {"black": (12, 12, 12), "grey": (120, 120, 120), "white": (240, 240, 240)}
 SIZES = ((24, 24), (24, 32), (32, 24), (32, 32), (24, 40), (40, 24))
 NUM_FRAMES = (4, 8)
 FPS = 8.0
+JITTER = 0.6  # share of the room left beside the path that its middle may use
 HELD_OUT_EVERY = 6  # one combination of this many is held out
 
 
@@ -44,6 +45,15 @@ class Scene:
   width: int
   radius: float
   start_yx: tuple[float, float]
+
+  @property
+  def velocity_yx(self) -> tuple[float, float]:
+    """Pixels a frame at the native size and FPS."""
+    if self.num_frames == 1:
+      return 0.0, 0.0
+    return _velocity(
+      self.direction, self.speed, (self.height - 2 * self.radius, self.width - 2 * self.radius)
+    )
 
   @property
   def caption(self) -> str:
@@ -69,21 +79,25 @@ def make_scene(rng: np.random.Generator, *, held_out: bool, image_share: float) 
   background = str(rng.choice(list(BACKGROUNDS)))
   speed = str(rng.choice(list(SPEEDS)))
   height, width = SIZES[rng.integers(len(SIZES))]
-  radius = float(rng.uniform(4.0, 5.5))
+  radius = float(rng.uniform(0.2, 0.26)) * min(height, width)
   num_frames = 1 if rng.random() < image_share else int(rng.choice(NUM_FRAMES))
-  axis = 0 if DIRECTIONS[direction][0] else 1
-  room = (height, width)[axis] - 2 * radius
-  while num_frames > 1 and SPEEDS[speed] * (num_frames - 1) > room:
-    num_frames -= NUM_FRAMES[0]
-  travel = SPEEDS[speed] * (num_frames - 1)
-  start = [float(rng.uniform(radius, size - radius)) for size in (height, width)]
-  low, high = radius, radius + room - travel
-  start[axis] = float(rng.uniform(low, high))
-  if DIRECTIONS[direction][axis] < 0:
-    start[axis] += travel
+  room = (height - 2 * radius, width - 2 * radius)
+  velocity = (0.0, 0.0) if num_frames == 1 else _velocity(direction, speed, room)
+  start = []
+  for axis in (0, 1):
+    # The middle of the path lies near the middle of the frame: where a shape is then tells its direction.
+    travel = velocity[axis] * (num_frames - 1)
+    slack = max(0.0, room[axis] - abs(travel)) * JITTER
+    start.append(radius + room[axis] / 2 + float(rng.uniform(-0.5, 0.5)) * slack - travel / 2)
   return Scene(
     colour, shape, direction, speed, background, num_frames, height, width, radius, (start[0], start[1])
   )
+
+
+def _velocity(direction: str, speed: str, room: tuple[float, float]) -> tuple[float, float]:
+  """Pixels a frame along (y, x)."""
+  dy, dx = DIRECTIONS[direction]
+  return dy * SPEEDS[speed] * room[0] / FPS, dx * SPEEDS[speed] * room[1] / FPS
 
 
 def render(scene: Scene, spec: ClipSpec) -> np.ndarray:
@@ -94,11 +108,13 @@ def render(scene: Scene, spec: ClipSpec) -> np.ndarray:
   # Frames of another rate show the same motion in time.
   rate = FPS / spec.fps if spec.fps else 1.0
   time = np.arange(spec.num_frames)[:, None, None] * rate
-  dy, dx = DIRECTIONS[scene.direction]
-  v = SPEEDS[scene.speed] if scene.num_frames > 1 else 0.0
-  distance = _distance(scene.shape, y - scene.start_yx[0] - dy * v * time, x - scene.start_yx[1] - dx * v * time, scene.radius)
+  vy, vx = scene.velocity_yx
+  y, x = y - scene.start_yx[0] - vy * time, x - scene.start_yx[1] - vx * time
+  distance = _distance(scene.shape, y, x, scene.radius)
   coverage = np.clip(0.5 - distance * min(scale_y, scale_x), 0, 1)[..., None]
-  background, colour = (np.array(c, np.float64) for c in (BACKGROUNDS[scene.background], COLOURS[scene.colour]))
+  background, colour = (
+    np.array(c, np.float64) for c in (BACKGROUNDS[scene.background], COLOURS[scene.colour])
+  )
   return np.round(background + coverage * (colour - background)).astype(np.uint8)
 
 
@@ -131,15 +147,21 @@ class SyntheticSource:
     s = self.scene(i)
     fps = FPS if s.num_frames > 1 else 0.0
     return SampleInfo(
-      id=i, name=f"synthetic-{i:06d}", num_frames=s.num_frames, height=s.height, width=s.width, fps=fps, captions=(s.caption,)
+      id=i,
+      name=f"synthetic-{i:06d}",
+      num_frames=s.num_frames,
+      height=s.height,
+      width=s.width,
+      fps=fps,
+      captions=(s.caption,),
     )
 
   def load(self, i: int, spec: ClipSpec, start_s: float = 0.0) -> np.ndarray:
     scene = self.scene(i)
-    dy, dx = DIRECTIONS[scene.direction]
-    ahead = start_s * FPS * SPEEDS[scene.speed] if scene.num_frames > 1 else 0.0
+    vy, vx = scene.velocity_yx
     y, x = scene.start_yx
-    return render(dataclasses.replace(scene, start_yx=(y + dy * ahead, x + dx * ahead)), spec)
+    ahead = start_s * FPS
+    return render(dataclasses.replace(scene, start_yx=(y + vy * ahead, x + vx * ahead)), spec)
 
   def fingerprint(self) -> str:
-    return f"synthetic-v1-{self.num_samples}-{self.seed}-{int(self.held_out)}-{self.image_share}"
+    return f"synthetic-v2-{self.num_samples}-{self.seed}-{int(self.held_out)}-{self.image_share}"

@@ -60,9 +60,10 @@ def target(prediction: str, c: Coefficients, x0: Array, eps: Array) -> Array:
 
 
 def to_x0_eps(prediction: str, c: Coefficients, z: Array, output: Array, floor: float) -> tuple[Array, Array]:
-  """The clean sample and the noise that `output` implies at `z`; `floor` bounds divisions by alpha, sigma."""
+  """The clean sample and the noise that `output` implies at `z`; `floor` bounds the division by alpha."""
   if prediction == "x0":
-    return output, (z - c.alpha * output) / jnp.maximum(c.sigma, floor)
+    # Only against 0 / 0: a larger bound here would leave noise in the sample at the last step.
+    return output, (z - c.alpha * output) / jnp.maximum(c.sigma, 1e-5)
   if prediction == "eps":
     return (z - c.sigma * output) / jnp.maximum(c.alpha, floor), output
   if prediction == "v":

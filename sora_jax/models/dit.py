@@ -41,6 +41,7 @@ class DiTConfig:
   depth: int = 0
   heads: int = 0
   mlp_ratio: float = 4.0
+  patch_bottleneck: int = 0  # dims a patch passes through on its way in; 0 = none
   rope_theta: float = 100.0
   dtype: str = "float32"
   # "dots" is also the fastest on a CPU: what it computes again costs less than storing it.
@@ -80,7 +81,11 @@ class DiT(nnx.Module):
     D, dtype = config.width, jnp.dtype(config.dtype)
     self.dtype = dtype
     linear = functools.partial(layers.Linear, rngs=rngs, dtype=dtype)
-    self.patch_in = linear(channels, D, logical=(None, "embed"))
+    # Where a patch has more channels than the network has width, its noise would fill every dimension of the
+    # stream and drown positions; through a bottleneck it fills a few (Li and He 2025, arXiv:2511.13720, sec. 4).
+    narrow = config.patch_bottleneck
+    self.patch_down = linear(channels, narrow, logical=(None, None), bias=False) if narrow else None
+    self.patch_in = linear(narrow or channels, D, logical=(None, "embed"))
     self.position_in = linear(POSITION_FEATURES, D, logical=(None, "embed"), bias=False)
     # Conditions are few and steer every token: fp32.
     mlp = functools.partial(layers.Mlp, rngs=rngs)
@@ -104,7 +109,7 @@ class DiT(nnx.Module):
     slot_BL = jnp.where(batch.given_BL, 0, batch.segment_BL)
     one_hot = layers.slot_one_hot(slot_BL, slots)
     condition = jax.nn.silu(self._condition(t_BN, batch, pooled_BND))
-    x = self.patch_in(z_BLC) + self.position_in(_position_features(batch))
+    x = self.patch_in(self.patch_down(z_BLC) if self.patch_down else z_BLC) + self.position_in(_position_features(batch))
     context = BlockContext(
       segment_BL=batch.segment_BL,
       text_BMD=self.text_in(text_BMD),
@@ -157,7 +162,8 @@ def _position_features(batch: TokenBatch) -> Array:
   fraction = (batch.position_BL3 + 0.5) / jnp.maximum(grid_BL3, 1)
   freqs = jnp.pi * 2.0 ** jnp.arange(POSITION_FREQUENCIES)
   angles = (fraction[..., None] * freqs).reshape(*fraction.shape[:-1], -1)
-  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+  # Twice, so that positions enter the stream as strong as patches do.
+  return 2 * jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
 def model_flops(config: DiTConfig, batch: TokenBatch, *, channels: int, text_dim: int) -> float:
@@ -173,7 +179,8 @@ def model_flops(config: DiTConfig, batch: TokenBatch, *, channels: int, text_dim
   text = (np.asarray(batch.text_segment_BM) > 0).sum()
   segment = np.arange(1, lengths.shape[1] + 1)
   text_lengths = (np.asarray(batch.text_segment_BM)[:, None, :] == segment[:, None]).sum(-1)
-  per_token = config.depth * (4 * D * D + 2 * D * D + 2 * D * F) + (2 * channels + POSITION_FEATURES) * D
+  patch_in = config.patch_bottleneck * (channels + D) if config.patch_bottleneck else channels * D
+  per_token = config.depth * (4 * D * D + 2 * D * D + 2 * D * F) + patch_in + (channels + POSITION_FEATURES) * D
   per_text = config.depth * 2 * D * D + text_dim * D
   per_sample = config.depth * 6 * D * D + 2 * D * D + (TIME_FEATURES + SIZE_FEATURES + text_dim + 3 * D) * D
   linear = 2.0 * (tokens * per_token + text * per_text + samples * per_sample)

@@ -1,4 +1,4 @@
-"""AdamW with warm-up, a schedule and clipping, and the EMA of the parameters."""
+"""AdamW or Muon with warm-up, a schedule and clipping, and the EMA of the parameters."""
 
 import dataclasses
 
@@ -8,13 +8,18 @@ import optax
 from flax import nnx
 
 from sora_jax.parallel import rules
+from sora_jax.training import muon
 from sora_jax.types import Array, PyTree
 
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine", "linear", "rsqrt")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
+  """`muon` updates matrices inside the network with Muon (see training/muon.py) and all else with AdamW."""
+
+  name: str = "adamw"
   lr: float = 1e-3  # peak
   warmup_steps: int = 100
   schedule: str = "constant"  # after warm-up: constant | cosine | linear | rsqrt
@@ -27,6 +32,8 @@ class OptimizerConfig:
   ema_decay: float = 0.999
 
   def __post_init__(self):
+    if self.name not in OPTIMIZERS:
+      raise ValueError(f"optimizer.name = {self.name!r} is unknown; choose one of {', '.join(OPTIMIZERS)}")
     if self.schedule not in SCHEDULES:
       raise ValueError(
         f"optimizer.schedule = {self.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}"
@@ -74,13 +81,27 @@ def decay_mask(abstract: nnx.State) -> PyTree:
   return nnx.to_pure_dict(mask)
 
 
+def hidden_mask(abstract: nnx.State) -> PyTree:
+  """True for matrices whose rows and columns are both dims of the network: not for embeddings or ends."""
+
+  def one(variable) -> bool:
+    names = [n for n in rules.logical_names(variable) or () if n != rules.LAYERS]
+    return len(names) == 2 and not {None, "vocab"} & set(names)
+
+  mask = jax.tree.map(one, abstract, is_leaf=lambda x: isinstance(x, nnx.Variable))
+  return nnx.to_pure_dict(mask)
+
+
 def make_optimizer(
-  config: OptimizerConfig, *, num_steps: int, mask: PyTree
+  config: OptimizerConfig, *, num_steps: int, abstract: nnx.State
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-  schedule = learning_rate(config, num_steps)
+  schedule, mask = learning_rate(config, num_steps), decay_mask(abstract)
+  scale = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+  if config.name == "muon":
+    scale = muon.scale_by_muon(scale, beta=config.b1, hidden=hidden_mask(abstract))
   tx = optax.chain(
     optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-    optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+    scale,
     optax.add_decayed_weights(config.weight_decay, mask=mask) if config.weight_decay else optax.identity(),
     optax.scale_by_learning_rate(schedule),
   )

@@ -44,9 +44,7 @@ def make_setup(
 ) -> Setup:
   rules = rules or Rules()
   graphdef, params, rest = nnx.split(nnx.eval_shape(lambda: task.init(nnx.Rngs(seed))), task.trainable, ...)
-  tx, schedule = optimizer_lib.make_optimizer(
-    optimizer, num_steps=num_steps, mask=optimizer_lib.decay_mask(params)
-  )
+  tx, schedule = optimizer_lib.make_optimizer(optimizer, num_steps=num_steps, abstract=params)
   whole = mesh_lib.replicated(mesh)
   param_shardings = rules.shardings(params, mesh)
   pure = nnx.to_pure_dict(params)
