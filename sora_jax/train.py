@@ -47,9 +47,7 @@ IDENTITY = (
 
 
 def define_flags() -> None:
-  config_flags.DEFINE_config_file(
-    "config", None, "FILE.py or FILE.py:PRESET, with a get_config(preset)."
-  )
+  config_flags.DEFINE_config_file("config", None, "FILE.py or FILE.py:PRESET, with a get_config(preset).")
   flags.DEFINE_string("workdir", None, "Folder of the run; made where missing, resumed where it holds a run.")
 
 
