@@ -23,14 +23,15 @@ def get_config(preset: str = "") -> ml_collections.ConfigDict:
   # In pixel space a token is wider than the network: predict the clean patch, not its noise.
   config.diffusion.prediction = "x0"
   config.diffusion.floor = 0.3
-  # A patch of hundreds of equal pixels can be read through much noise: what and where is decided near t = 0.9.
+  # A patch of hundreds of alike pixels can be read through much noise: what and where is decided at t ~ 0.9.
   config.diffusion.shift = 4.0
   config.data.patch = (2, 8, 8)
   # Short rows: on a CPU the cost of attention follows the row, not the sample.
-  config.data.rows = 24
-  config.data.row_tokens = 64
-  config.data.row_samples = 5
-  config.data.row_text_tokens = 55
+  config.data.rows = 16
+  config.data.row_tokens = 96
+  config.data.row_samples = 8
+  config.data.row_text_tokens = 80
+  config.data.given_probability = 0.1
   config.data.num_eval = 64
   config.data.num_samples = 20_000
   config.optimizer.name = "muon"
@@ -48,10 +49,21 @@ def get_config(preset: str = "") -> ml_collections.ConfigDict:
   config.sample.num_inference_steps = 20
   config.sample.guidance_scale = 3.0
   if preset == "own_data":
-    config.data.max_frames = 16
+    config.text.vocab_size = 2048
+    config.text.max_tokens = 48
+    config.data.max_frames = 8
     config.data.target_fps = 8.0
+    config.data.rows = 4
+    config.data.row_tokens = 384
+    config.data.max_tokens = 192
+    config.data.max_padding = 0.03
+    config.data.row_samples = 8
+    config.data.row_text_tokens = 256
     config.data.num_eval = 8
-    config.train.num_steps = 600
+    config.diffusion.shift = 3.0
+    config.optimizer.lr = 4e-3
+    config.train.num_steps = 700
+    config.train.eval_every = 100
   elif preset == "debug":
     config.model.width, config.model.depth, config.model.heads = 32, 2, 2
     config.data.rows = 2

@@ -21,7 +21,7 @@ SPEC = BatchSpec(rows=1, tokens=80, channels=CHANNELS, samples=4, text_tokens=24
 
 
 def make_batch(samples, *, given=()):
-  """A one-row batch of the samples (indices into GRIDS), in that order; contents depend on the sample only."""
+  """One row of the samples (indices into GRIDS) in that order; a sample's contents depend on it alone."""
   batch = SPEC.zeros()
   token = word = 0
   for slot, i in enumerate(samples):
@@ -116,7 +116,7 @@ def test_given_and_padding_tokens_bear_no_loss(setup):
 
 
 def test_given_tokens_condition_the_rest(setup):
-  """Prompt tokens reach the model clean: the loss of the others does not see their noise, but their content."""
+  """Prompt tokens reach the model clean: what the others become depends on their content."""
   params, predict, _ = setup
   batch = make_batch([0], given=(0,))
   changed = np.array(batch.tokens_BLC)

@@ -60,6 +60,13 @@ def test_shapes_stay_in_the_frame_and_sizes_vary():
   for i in range(60):
     scene = source.scene(i)
     frames = source.load(i, ClipSpec(scene.num_frames, scene.height, scene.width, FPS)).astype(int)
-    rim = np.concatenate([frames[:, 0].reshape(-1, 3), frames[:, -1].reshape(-1, 3), frames[:, :, 0].reshape(-1, 3), frames[:, :, -1].reshape(-1, 3)])
+    rim = np.concatenate(
+      [
+        frames[:, 0].reshape(-1, 3),
+        frames[:, -1].reshape(-1, 3),
+        frames[:, :, 0].reshape(-1, 3),
+        frames[:, :, -1].reshape(-1, 3),
+      ]
+    )
     # Antialiasing may tint the rim; the shape itself never leaves.
     assert np.median(np.abs(rim - np.array(synthetic.BACKGROUNDS[scene.background])).max(-1)) == 0

@@ -12,7 +12,11 @@ from sora_jax.conditioning import text, tokenizer
 from sora_jax.conditioning.text import TextConfig, TextEncoder
 from sora_jax.types import BatchSpec
 
-CAPTIONS = ["A red circle moving left", "a blue square moving up slowly", "a red square on a grey background"] * 5
+CAPTIONS = [
+  "A red circle moving left",
+  "a blue square moving up slowly",
+  "a red square on a grey background",
+] * 5
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ def place_in_segment(segment_BM: Array) -> Array:
 
 
 def drop_captions(batch: TokenBatch, drop_BN: Array) -> TokenBatch:
-  """Replaces the text of the samples in `drop_BN` by [NULL] tokens, as the unconditional pass of guidance sees it."""
+  """Puts [NULL] for every text token of the samples in `drop_BN`: the unconditional text of guidance."""
   one_hot = layers.slot_one_hot(batch.text_segment_BM, drop_BN.shape[1] + 1)[..., 1:]
   drop_BM = jnp.einsum("bmn,bn->bm", one_hot, drop_BN.astype(jnp.float32)) > 0
   return dataclasses.replace(batch, text_ids_BM=jnp.where(drop_BM, NULL_ID, batch.text_ids_BM))

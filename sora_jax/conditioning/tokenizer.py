@@ -44,7 +44,9 @@ def train(captions: Iterable[str], *, vocab_size: int, max_tokens: int) -> Token
   if vocab_size < floor:
     raise ValueError(f"text.vocab_size={vocab_size} is below {floor}, the bytes and special tokens")
   tokenizer = tokenizers.Tokenizer(models.BPE())
-  tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase(), normalizers.Strip()])
+  tokenizer.normalizer = normalizers.Sequence(
+    [normalizers.NFC(), normalizers.Lowercase(), normalizers.Strip()]
+  )
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
   tokenizer.decoder = decoders.ByteLevel()
   trainer = trainers.BpeTrainer(

@@ -17,7 +17,8 @@ class ObjectiveConfig:
 
   `shift_base_tokens`: a sample of n tokens has its t shifted by sqrt(n / shift_base_tokens), as larger grids
   need more noise to lose the same information (Esser et al. 2024, arXiv:2403.03206, eq. 23); 0 = no shift.
-  `shift` multiplies that factor. `floor` bounds the divisions by sigma (in the loss's weight) and by alpha (of an eps prediction near t = 1).
+  `shift` multiplies that factor. `floor` bounds the divisions by sigma (in the loss's weight) and by alpha (of
+  an eps prediction near t = 1).
   """
 
   path: str = "rectified_flow"
@@ -69,10 +70,14 @@ def add_noise(config: ObjectiveConfig, x0: Array, eps: Array, t: Array) -> Array
   return c.alpha * x0 + c.sigma * eps
 
 
-def token_loss(config: ObjectiveConfig, output_BLC: Array, x0_BLC: Array, eps_BLC: Array, t_BL1: Array) -> Array:
+def token_loss(
+  config: ObjectiveConfig, output_BLC: Array, x0_BLC: Array, eps_BLC: Array, t_BL1: Array
+) -> Array:
   """Mean squared error of each token over its channels, measured in `loss_space`, in fp32."""
   c = paths.coefficients(config.path, t_BL1)
   wanted = paths.target(config.prediction, c, x0_BLC, eps_BLC)
   error = output_BLC.astype(jnp.float32) - wanted
-  gain = paths.error_gain(config.loss_space, c, config.floor) / paths.error_gain(config.prediction, c, config.floor)
+  gain = paths.error_gain(config.loss_space, c, config.floor) / paths.error_gain(
+    config.prediction, c, config.floor
+  )
   return jnp.mean(jnp.square(gain * error), axis=-1)

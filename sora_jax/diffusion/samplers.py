@@ -1,8 +1,8 @@
 """Deterministic samplers of the probability-flow ODE, with a noise level of their own for every sample.
 
 `euler`: z + (s - t) dz/dt. `heun`: its trapezoidal correction (Karras et al. 2022, arXiv:2206.00364, alg. 1).
-`ddim`: alpha(s) x0 + sigma(s) eps (Song et al. 2021, arXiv:2010.02502, eq. 12 with eta 0); on the rectified-flow
-path it is Euler.
+`ddim`: alpha(s) x0 + sigma(s) eps (Song et al. 2021, arXiv:2010.02502, eq. 12 with eta 0); on the
+rectified-flow path it is Euler.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def sample(
   given_BL1: Array | None = None,
   clean_BLC: Array | None = None,
 ) -> Array:
-  """Integrates from noise to clean tokens along `grid_KBN`; given tokens are held at `clean_BLC` throughout."""
+  """Integrates from noise to clean tokens along `grid_KBN`; given tokens stay at `clean_BLC` throughout."""
   if method not in SAMPLERS:
     raise ValueError(f"unknown sampler {method!r}; choose one of {', '.join(SAMPLERS)}")
 

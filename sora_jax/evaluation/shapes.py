@@ -24,7 +24,12 @@ def track(frames_THWC: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> 
   """Follows the centroid of what differs from the background (the median colour of the border)."""
   video = frames_THWC.astype(np.float64)
   border = np.concatenate(
-    [video[:, 0].reshape(-1, 3), video[:, -1].reshape(-1, 3), video[:, :, 0].reshape(-1, 3), video[:, :, -1].reshape(-1, 3)]
+    [
+      video[:, 0].reshape(-1, 3),
+      video[:, -1].reshape(-1, 3),
+      video[:, :, 0].reshape(-1, 3),
+      video[:, :, -1].reshape(-1, 3),
+    ]
   )
   background = np.median(border, axis=0)
   contrast = np.linalg.norm(video - background, axis=-1)

@@ -30,7 +30,7 @@ def modulate(x: Array, shift: Array, scale: Array) -> Array:
 
 
 class Block(nnx.Module):
-  """adaLN-zero (Peebles and Xie 2023, section 3.2) with QK-norm and ungated, zero-initialised cross-attention."""
+  """adaLN-zero (Peebles and Xie 2023, section 3.2) with QK-norm and zero-initialised cross-attention."""
 
   def __init__(self, width: int, heads: int, hidden: int, *, dtype, rngs: nnx.Rngs):
     head_dim = width // heads

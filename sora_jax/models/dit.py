@@ -1,8 +1,8 @@
 """Diffusion transformer over packed spacetime tokens (Peebles and Xie 2023, arXiv:2212.09748).
 
-A row holds several samples; each has its own noise level, text and size. What belongs to a sample (modulation)
-is computed once per sample slot and handed to its tokens; slot 0 is the modulation of given tokens, which are
-clean: they are conditioned on t = 0.
+A row holds several samples; each has its own noise level, text and size. What belongs to a sample
+(modulation) is computed once per sample slot and handed to its tokens; slot 0 is the modulation of given
+tokens, which are clean: they are conditioned on t = 0.
 """
 
 import dataclasses
@@ -81,8 +81,8 @@ class DiT(nnx.Module):
     D, dtype = config.width, jnp.dtype(config.dtype)
     self.dtype = dtype
     linear = functools.partial(layers.Linear, rngs=rngs, dtype=dtype)
-    # Where a patch has more channels than the network has width, its noise would fill every dimension of the
-    # stream and drown positions; through a bottleneck it fills a few (Li and He 2025, arXiv:2511.13720, sec. 4).
+    # Where a patch has more channels than the network has width, its noise would fill every dimension of
+    # the stream and drown positions; through a bottleneck it fills a few (Li and He 2025, arXiv:2511.13720).
     narrow = config.patch_bottleneck
     self.patch_down = linear(channels, narrow, logical=(None, None), bias=False) if narrow else None
     self.patch_in = linear(narrow or channels, D, logical=(None, "embed"))
@@ -103,13 +103,17 @@ class DiT(nnx.Module):
     self.final_modulation = linear(D, 2 * D, zero=True, logical=("embed", "mlp"))
     self.patch_out = linear(D, channels, zero=True, logical=("embed", None))
 
-  def __call__(self, z_BLC: Array, t_BN: Array, batch: TokenBatch, text_BMD: Array, pooled_BND: Array) -> Array:
+  def __call__(
+    self, z_BLC: Array, t_BN: Array, batch: TokenBatch, text_BMD: Array, pooled_BND: Array
+  ) -> Array:
     slots = t_BN.shape[1] + 1
     # Given tokens and padding look up slot 0.
     slot_BL = jnp.where(batch.given_BL, 0, batch.segment_BL)
     one_hot = layers.slot_one_hot(slot_BL, slots)
     condition = jax.nn.silu(self._condition(t_BN, batch, pooled_BND))
-    x = self.patch_in(self.patch_down(z_BLC) if self.patch_down else z_BLC) + self.position_in(_position_features(batch))
+    x = self.patch_in(self.patch_down(z_BLC) if self.patch_down else z_BLC) + self.position_in(
+      _position_features(batch)
+    )
     context = BlockContext(
       segment_BL=batch.segment_BL,
       text_BMD=self.text_in(text_BMD),
@@ -180,7 +184,9 @@ def model_flops(config: DiTConfig, batch: TokenBatch, *, channels: int, text_dim
   segment = np.arange(1, lengths.shape[1] + 1)
   text_lengths = (np.asarray(batch.text_segment_BM)[:, None, :] == segment[:, None]).sum(-1)
   patch_in = config.patch_bottleneck * (channels + D) if config.patch_bottleneck else channels * D
-  per_token = config.depth * (4 * D * D + 2 * D * D + 2 * D * F) + patch_in + (channels + POSITION_FEATURES) * D
+  per_token = (
+    config.depth * (4 * D * D + 2 * D * D + 2 * D * F) + patch_in + (channels + POSITION_FEATURES) * D
+  )
   per_text = config.depth * 2 * D * D + text_dim * D
   per_sample = config.depth * 6 * D * D + 2 * D * D + (TIME_FEATURES + SIZE_FEATURES + text_dim + 3 * D) * D
   linear = 2.0 * (tokens * per_token + text * per_text + samples * per_sample)

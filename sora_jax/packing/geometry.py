@@ -27,9 +27,7 @@ def patchify(video_THWC: Any, patch: Patch) -> Any:
   T, H, W = video_THWC.shape[:3]
   if T % pt or H % ph or W % pw:
     raise ValueError(f"a video of {T}x{H}x{W} (TxHxW) is not divisible by the patch {pt}x{ph}x{pw}")
-  return rearrange(
-    video_THWC, "(t pt) (h ph) (w pw) c -> (t h w) (pt ph pw c)", pt=pt, ph=ph, pw=pw
-  )
+  return rearrange(video_THWC, "(t pt) (h ph) (w pw) c -> (t h w) (pt ph pw c)", pt=pt, ph=ph, pw=pw)
 
 
 def unpatchify(tokens_LC: Any, grid: Grid, patch: Patch) -> Any:

@@ -62,7 +62,7 @@ def spread_to_tokens(batch: TokenBatch, value_BN: Array) -> Array:
 
 
 def token_noise(batch: TokenBatch, keys_BN: Array) -> Array:
-  """Normal noise (B, L, C) that depends on the sample and the token's place in it, not on its place in the row."""
+  """Normal noise (B, L, C): a function of the sample and the token's place in it, not of the row."""
   channels = batch.tokens_BLC.shape[-1]
   slot_BL = jnp.maximum(batch.segment_BL - 1, 0)
   key_data = jax.random.key_data(keys_BN)
@@ -75,7 +75,9 @@ def token_noise(batch: TokenBatch, keys_BN: Array) -> Array:
   return jax.vmap(jax.vmap(draw))(token_data, place_BL)
 
 
-def token_sums(config: ObjectiveConfig, model, batch: TokenBatch, t_BN: Array, keys_BN: Array) -> tuple[Array, Array]:
+def token_sums(
+  config: ObjectiveConfig, model, batch: TokenBatch, t_BN: Array, keys_BN: Array
+) -> tuple[Array, Array]:
   """Loss of each token and whether it counts: tokens given as prompts and padding do not."""
   t_BL1 = spread_to_tokens(batch, t_BN)
   eps = token_noise(batch, keys_BN)
@@ -89,7 +91,9 @@ def token_sums(config: ObjectiveConfig, model, batch: TokenBatch, t_BN: Array, k
 def loss(config: ObjectiveConfig, model, batch: TokenBatch, key: Array) -> tuple[Array, Sums]:
   """Sum of token losses at each sample's own random noise level."""
   keys = sample_keys(key, batch.sample_id_BN)
-  time_keys, noise_keys, drop_keys = (jax.vmap(jax.vmap(lambda k, i=i: jax.random.fold_in(k, i)))(keys) for i in range(3))
+  time_keys, noise_keys, drop_keys = (
+    jax.vmap(jax.vmap(lambda k, i=i: jax.random.fold_in(k, i)))(keys) for i in range(3)
+  )
   t_BN = jax.vmap(jax.vmap(functools.partial(objectives.sample_time, config)))(time_keys, num_tokens(batch))
   drop_BN = jax.vmap(jax.vmap(jax.random.uniform))(drop_keys) < config.caption_drop
   dropped = text.drop_captions(batch, drop_BN)

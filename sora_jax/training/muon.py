@@ -1,4 +1,4 @@
-"""Muon: momentum orthogonalised by Newton-Schulz iterations (Jordan et al. 2024, github.com/KellerJordan/Muon)."""
+"""Muon: momentum orthogonalised by Newton-Schulz iterations (Jordan et al. 2024, kellerjordan.github.io)."""
 
 import jax
 import jax.numpy as jnp
@@ -6,12 +6,14 @@ import optax
 
 from sora_jax.types import Array, PyTree
 
-# Quintic iteration x <- a x + b (x x^T) x + c (x x^T)^2 x of that work: singular values land near 1 in 5 steps.
+# x <- a x + b (x x^T) x + c (x x^T)^2 x, of that work: singular values land near 1 in five steps.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NUM_ITERATIONS = 5
 
 
-def scale_by_muon(adam: optax.GradientTransformation, *, beta: float, hidden: PyTree) -> optax.GradientTransformation:
+def scale_by_muon(
+  adam: optax.GradientTransformation, *, beta: float, hidden: PyTree
+) -> optax.GradientTransformation:
   """`adam` (an optax.scale_by_adam whose b1 is `beta`), but for the leaves true in `hidden`.
 
   Those get the orthogonalised Nesterov momentum, scaled to the root mean square of an AdamW update, so that
