@@ -63,7 +63,7 @@ def get_config(preset: str = "") -> ml_collections.ConfigDict:
     config.diffusion.shift = 3.0
     config.optimizer.lr = 4e-3
     config.train.num_steps = 700
-    config.train.eval_every = 100
+    config.train.eval_every = 20
   elif preset == "debug":
     config.model.width, config.model.depth, config.model.heads = 32, 2, 2
     config.data.rows = 2
