@@ -106,6 +106,8 @@ def test_nothing_sound_is_an_error_and_nothing_at_all_is_none(saved, tmp_path_fa
     flip_bits(workdir, step, "ema")
   with pytest.raises(CheckpointError, match=r"none of the checkpoints \[3, 2, 1\]"):
     restore(workdir, setup)
+  with pytest.raises(CheckpointError, match="were damaged and moved"):  # nor does the next start begin anew
+    restore(workdir, setup)
   assert restore(tmp_path_factory.mktemp("empty"), setup) is None
 
 

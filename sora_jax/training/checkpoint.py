@@ -93,6 +93,12 @@ class Checkpointer:
         f"none of the checkpoints {wanted} in {self.folder} is sound; use another workdir (those are "
         f"kept in {self.bad_folder})"
       )
+    if not self.read_only and self.bad_folder.is_dir() and any(self.bad_folder.iterdir()):
+      # Starting over in silence would pass for a resume.
+      raise CheckpointError(
+        f"{self.folder} is empty, for its checkpoints were damaged and moved to {self.bad_folder}; use another "
+        "workdir, or remove that folder to start from scratch here"
+      )
     return None
 
   def _read(self, step: int, abstract: PyTree) -> tuple[PyTree, dict]:
