@@ -18,8 +18,8 @@ FOLDER = "samples"
 def held_out_requests(
   infos: Mapping[int, SampleInfo], specs: Mapping[int, ClipSpec], *, patch: Patch, num_samples: int
 ) -> list[Request]:
-  """Requests for the captions and sizes of (held-out) samples, videos first."""
-  order = sorted((i for i in infos if infos[i].captions), key=lambda i: specs[i].num_frames == 1)
+  """Requests for the captions and sizes of (held-out) samples, captioned videos first."""
+  order = sorted(infos, key=lambda i: (not infos[i].captions, specs[i].num_frames == 1))
   requests = []
   for index, i in enumerate(order[:num_samples]):
     spec = specs[i]
@@ -27,7 +27,7 @@ def held_out_requests(
     frames = spec.num_frames if spec.num_frames == 1 else -(-spec.num_frames // patch[0]) * patch[0]
     requests.append(
       Request(
-        prompt=infos[i].captions[0],
+        prompt=next(iter(infos[i].captions), ""),
         width=spec.width,
         height=spec.height,
         num_frames=frames,

@@ -164,6 +164,8 @@ def test_prompt_files(tmp_path):
   back = prompts.read(path)
   assert [b["prompt"] for b in back] == ["1 dog -w 9 barks", "a photo"]
   assert [(b["width"], b["num_frames"], b["fps"]) for b in back] == [(16, 4, 8.0), (8, 1, 0.0)]
+  prompts.write(path, [REQUESTS[4]])
+  assert prompts.read(path)[0]["prompt"] == ""
   for bad, says in (("dog --w wide", "2: --w 'wide' is not a number"), ("dog --x 1", "unknown option --x")):
     path.write_text(f"cat\n{bad}\n")
     with pytest.raises(ValueError, match=says):
