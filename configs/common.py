@@ -118,4 +118,5 @@ def get_config() -> ml_collections.ConfigDict:
   config.sample.guidance_scale = 4.0
   config.sample.every = 0
   config.sample.num_samples = 8
+  config.sample.num_seen = 0
   return config

@@ -60,9 +60,14 @@ def get_config(preset: str = "") -> ml_collections.ConfigDict:
     config.data.row_samples = 8
     config.data.row_text_tokens = 256
     config.data.num_eval = 8
+    # Natural textures do not pass through so narrow a neck as flat shapes.
+    config.model.patch_bottleneck = 96
     config.diffusion.shift = 3.0
+    config.sample.guidance_scale = 1.5
+    config.sample.num_samples = 10
+    config.sample.num_seen = 5
     config.optimizer.lr = 4e-3
-    config.train.num_steps = 700
+    config.train.num_steps = 800
     config.train.eval_every = 20
   elif preset == "debug":
     config.model.width, config.model.depth, config.model.heads = 32, 2, 2

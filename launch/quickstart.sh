@@ -67,7 +67,7 @@ run() {
 }
 
 run sora_jax.train --config="$config" --workdir="$workdir" ${overrides[@]+"${overrides[@]}"}
-run sora_jax.sample --workdir="$workdir" --prompts_file="$workdir/held_out_prompts.txt" \
+run sora_jax.sample --workdir="$workdir" --prompts_file="$workdir/prompts.txt" \
   --output_dir="$workdir/samples/final" >/dev/null
 run sora_jax.plots --workdir="$workdir" >/dev/null
 if [[ -z "$data" ]]; then

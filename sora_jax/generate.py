@@ -31,13 +31,17 @@ WHITE = 127.5  # uint8 pixel = (token + 1) * WHITE
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-  """`every` and `num_samples` are those of the grids during training (every 0 = only at the end)."""
+  """`every` and what follows are those of the grids during training (every 0 = only at the end).
+
+  Of the `num_samples` captions, `num_seen` are of the training set, the others of the held-out set.
+  """
 
   sampler: str = "euler"
   num_inference_steps: int = 25
   guidance_scale: float = 4.0  # 1 = the conditional prediction alone
   every: int = 0
   num_samples: int = 8
+  num_seen: int = 0
 
   def __post_init__(self):
     if self.sampler not in samplers.SAMPLERS:

@@ -25,7 +25,7 @@ OPTIONS = {
   "v": ("video", str),
 }
 _OPTION = re.compile(r"(?:^|\s)--(\w+)(?:\s+|=|$)")
-HELD_OUT = "held_out_prompts.txt"  # in a workdir: captions that the run was not trained on
+GRID = "prompts.txt"  # in a workdir: what its sample grids were made from
 
 
 def parse_line(line: str, where: str = "prompt") -> dict:

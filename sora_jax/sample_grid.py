@@ -1,4 +1,4 @@
-"""Grids of samples during training, from captions that the run is not trained on."""
+"""Grids of samples during training."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -15,10 +15,10 @@ from sora_jax.types import BatchSpec
 FOLDER = "samples"
 
 
-def held_out_requests(
+def requests_of(
   infos: Mapping[int, SampleInfo], specs: Mapping[int, ClipSpec], *, patch: Patch, num_samples: int
 ) -> list[Request]:
-  """Requests for the captions and sizes of (held-out) samples, captioned videos first."""
+  """Requests for the captions and sizes of samples of a data set, captioned videos first."""
   order = sorted(infos, key=lambda i: (not infos[i].captions, specs[i].num_frames == 1))
   requests = []
   for index, i in enumerate(order[:num_samples]):
@@ -40,6 +40,7 @@ def held_out_requests(
 
 def sample_hook(
   requests: Sequence[Request],
+  labels: Sequence[str],
   *,
   config: SampleConfig,
   diffusion: ObjectiveConfig,
@@ -61,11 +62,11 @@ def sample_hook(
     )
     if not multihost.is_main():
       return
-    sheet = plots.contact_sheet(videos, [r.prompt for r in requests])
+    sheet = plots.contact_sheet(videos, labels)
     (moment.workdir / FOLDER).mkdir(parents=True, exist_ok=True)
     path = moment.workdir / FOLDER / f"step_{moment.step:06d}.png"
     write_png(path, sheet)
-    prompts.write(moment.workdir / prompts.HELD_OUT, requests)
+    prompts.write(moment.workdir / prompts.GRID, requests)
     moment.writer.image(moment.step, "samples", sheet)
     moment.writer.say(f"step {moment.step} samples: {path}")
 

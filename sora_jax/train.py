@@ -90,7 +90,7 @@ def main(argv: list[str]) -> int:
     workdir=workdir,
     resolved_config=json.loads(json.dumps(config.to_dict())),
     identity=IDENTITY,
-    hooks=grids(config, held_out or pipeline, tokenizer),
+    hooks=grids(config, pipeline, held_out, tokenizer),
   )
   if result.preempted:
     return cli.PREEMPTED
@@ -112,20 +112,30 @@ def vocabulary(workdir: Path, source, data: DataConfig, text: ml_collections.Con
   return tokenizer_lib.load(path, max_tokens=text.max_tokens)
 
 
-def grids(config: ml_collections.ConfigDict, pipeline: Pipeline, tokenizer: Tokenizer) -> tuple[Hook, ...]:
-  """Sample grids during training, of captions that are held out where any are."""
-  sample, patch = registry.section(SampleConfig, config, "sample"), pipeline.config.patch
-  requests = sample_grid.held_out_requests(
-    pipeline.infos, pipeline.specs, patch=patch, num_samples=sample.num_samples
-  )
+def grids(
+  config: ml_collections.ConfigDict, train: Pipeline, held_out: Pipeline | None, tokenizer: Tokenizer
+) -> tuple[Hook, ...]:
+  """Sample grids during training, of captions that are held out and of some that are not."""
+  sample, patch = registry.section(SampleConfig, config, "sample"), train.config.patch
+  num_seen = sample.num_seen if held_out else sample.num_samples
+  requests, labels = [], []
+  for pipeline, count, note in (
+    (held_out, sample.num_samples - num_seen, ""),
+    (train, num_seen, "trained on: "),
+  ):
+    if pipeline and count > 0:
+      new = sample_grid.requests_of(pipeline.infos, pipeline.specs, patch=patch, num_samples=count)
+      requests += [dataclasses.replace(r, index=len(requests) + i) for i, r in enumerate(new)]
+      labels += [note + r.prompt for r in new]
   if not requests:
     return ()
   hook = sample_grid.sample_hook(
     requests,
+    labels,
     config=sample,
     diffusion=registry.section(ObjectiveConfig, config, "diffusion"),
     tokenize=tokenizer,
-    spec=pipeline.spec,
+    spec=train.spec,
     patch=patch,
   )
   return (hook,)

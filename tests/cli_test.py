@@ -100,7 +100,7 @@ def test_a_run_from_start_to_samples(workdir, tmp_path):
     "config.json",
     "tokenizer.json",
     "metrics.jsonl",
-    "held_out_prompts.txt",
+    "prompts.txt",
     "samples/step_000002.png",
   ):
     assert (workdir / name).is_file(), name

@@ -17,8 +17,8 @@ class ObjectiveConfig:
 
   `shift_base_tokens`: a sample of n tokens has its t shifted by sqrt(n / shift_base_tokens), as larger grids
   need more noise to lose the same information (Esser et al. 2024, arXiv:2403.03206, eq. 23); 0 = no shift.
-  `shift` multiplies that factor. `floor` bounds divisions by sigma (in the weight of the loss) and by alpha (of
-  an eps prediction near t = 1).
+  `shift` multiplies that factor. `floor` bounds divisions by sigma (in the weight of the loss) and by
+  alpha (of an eps prediction near t = 1).
   """
 
   path: str = "rectified_flow"

@@ -96,8 +96,8 @@ class Checkpointer:
     if not self.read_only and self.bad_folder.is_dir() and any(self.bad_folder.iterdir()):
       # Starting over in silence would pass for a resume.
       raise CheckpointError(
-        f"{self.folder} is empty, for its checkpoints were damaged and moved to {self.bad_folder}; use another "
-        "workdir, or remove that folder to start from scratch here"
+        f"{self.folder} is empty, for its checkpoints were damaged and moved to {self.bad_folder}; use "
+        "another workdir, or remove that folder to start from scratch here"
       )
     return None
 
