@@ -116,7 +116,7 @@ def _jobs(run: TrainedRun, values: dict) -> list[Job]:
 
 def _default_size(run: TrainedRun, media: str) -> dict:
   """The size of the first held-out video; the aspect ratio of the prompt's image or video if there is one."""
-  path = run.workdir / prompts.HELD_OUT
+  path = run.workdir / prompts.GRID
   names = ("width", "height", "num_frames", "fps")
   pt, ph, pw = run.data.patch
   if path.exists():
