@@ -123,3 +123,32 @@ def test_given_tokens_condition_the_rest(setup):
   changed[0, :12] += 1.0
   out, other = (part(batch, predict(params, x, batch), 0) for x in (batch.tokens_BLC, changed))
   assert np.abs(out[12:] - other[12:]).max() > 1e-4
+
+
+def test_nan_stays_within_the_tiles_of_its_sample():
+  """Samples that share no tile (256 queries by 512 keys) with a poisoned one come out as if it were sound."""
+  grids, spec = [(4, 8, 8), (2, 16, 16), (2, 10, 10)], dataclasses.replace(SPEC, tokens=1024)
+  batch = spec.zeros()
+  rng, start = np.random.default_rng(0), 0
+  for slot, grid in enumerate(grids):
+    here = slice(start, start := start + int(np.prod(grid)))
+    batch.tokens_BLC[0, here] = rng.normal(size=batch.tokens_BLC[0, here].shape)
+    batch.segment_BL[0, here] = slot + 1
+    batch.position_BL3[0, here] = geometry.positions(grid)
+    batch.grid_BN3[0, slot], batch.fps_BN[0, slot], batch.sample_id_BN[0, slot] = grid, 8.0, slot
+    batch.text_ids_BM[0, 4 * slot : 4 * slot + 4] = [2, 5, 6, 7]
+    batch.text_segment_BM[0, 4 * slot : 4 * slot + 4] = slot + 1
+  task = text_to_video.build(
+    model=DiTConfig(width=16, depth=1, heads=2, attention="chunked"),
+    text_config=TextConfig(vocab_size=50, max_tokens=8, width=16, depth=1, heads=2),
+    diffusion=ObjectiveConfig(),
+    batch_spec=spec,
+  )
+  graph, state = nnx.split(task.init(nnx.Rngs(0)))
+  params = jax.tree.map(lambda x: x + 0.05, nnx.to_pure_dict(state))
+  predict = jax.jit(lambda x: nnx.merge(graph, params)(x, jnp.full((1, 4), 0.5), batch))
+  poisoned = np.where((batch.segment_BL == 1)[..., None], np.nan, batch.tokens_BLC)
+  sound, out = np.asarray(predict(batch.tokens_BLC)), np.asarray(predict(poisoned))
+  assert np.isnan(out[batch.segment_BL == 1]).all()
+  others = batch.segment_BL > 1
+  np.testing.assert_array_equal(out[others], sound[others])
