@@ -18,10 +18,12 @@ FOLDER = "samples"
 def requests_of(
   infos: Mapping[int, SampleInfo], specs: Mapping[int, ClipSpec], *, patch: Patch, num_samples: int
 ) -> list[Request]:
-  """Requests for the captions and sizes of samples of a data set, captioned videos first."""
+  """Requests for the captions and sizes of samples spread over a data set, captioned videos first."""
   order = sorted(infos, key=lambda i: (not infos[i].captions, specs[i].num_frames == 1))
   requests = []
-  for index, i in enumerate(order[:num_samples]):
+  num_samples = min(num_samples, len(order))
+  for index in range(num_samples):
+    i = order[index * len(order) // num_samples]
     spec = specs[i]
     # A clip shorter than a patch is padded when trained on; it is asked for as a whole patch.
     frames = spec.num_frames if spec.num_frames == 1 else -(-spec.num_frames // patch[0]) * patch[0]
