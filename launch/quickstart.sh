@@ -80,11 +80,15 @@ newest() {
   ls -t "$@" 2>/dev/null | head -n 1
 }
 
+count() {
+  if [[ -e "$1" ]]; then echo $#; else echo 0; fi
+}
+
 cat <<END
 
 Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. Look at
   sample grid      $(newest "$workdir"/samples/step_*.png)
-  sample videos    $(newest "$workdir"/samples/final/sample_*.mp4 "$workdir"/samples/final/sample_*.png) and beside it
+  sample videos    $workdir/samples/final ($(count "$workdir"/samples/final/sample_*.mp4) MP4, $(count "$workdir"/samples/final/sample_*.png) PNG)
   loss plot        $workdir/loss.png
   checkpoint       $workdir/checkpoints/$(newest "$workdir"/checkpoints)
   TensorBoard log  $workdir/tensorboard (pip install tensorboard; tensorboard --logdir=...)
