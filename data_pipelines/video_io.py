@@ -89,8 +89,8 @@ def probe(path: str | Path, *, decode_limit_s: float = 120.0) -> MediaInfo:
     if first is None or not times:
       raise UnreadableError("unreadable", error or "no frame decodes")
     height, width = _display_size(first, stream)
+    fps = _rate(times, stream.average_rate)
   note = f"truncated: {len(times)} frames, then {error}" if error else ""
-  fps = _rate(times, stream.average_rate)
   return MediaInfo(num_frames=len(times), height=height, width=width, fps=fps, note=note)
 
 

@@ -5,10 +5,9 @@ import sys
 import time
 
 workdir, num_steps, num_devices, name = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-os.environ["XLA_FLAGS"] = (
-  f"--xla_force_host_platform_device_count={num_devices} --xla_backend_optimization_level=0 "
-  "--xla_cpu_use_fusion_emitters=false"
-)
+# As the tests run (tests/conftest.py), but for the devices.
+kept = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
+os.environ["XLA_FLAGS"] = " ".join([*kept, f"--xla_force_host_platform_device_count={num_devices}"])
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from sora_jax.parallel.mesh import MeshConfig  # noqa: E402
