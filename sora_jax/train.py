@@ -31,6 +31,7 @@ from sora_jax.training.optimizer import OptimizerConfig
 
 FLAGS = flags.FLAGS
 TOKENIZER = "tokenizer.json"
+DATA = "data_fingerprint.txt"
 SECTIONS = {
   "model", "text", "diffusion", "data", "optimizer", "mesh", "train", "sample", "task", "seed",
 }  # fmt: skip
@@ -76,6 +77,7 @@ def main(argv: list[str]) -> int:
   task = registry.build(config, batch_spec=spec, vocab_size=tokenizer.vocab_size)
   pipeline = Pipeline(source, data, spec, tokenizer)
   say(str(pipeline.report()))
+  note_data(workdir, pipeline.fingerprint())
   held_out = None
   if data.num_eval or data.eval_fraction:
     held_out = Pipeline(source, data, spec, tokenizer, split="eval")
@@ -96,6 +98,16 @@ def main(argv: list[str]) -> int:
     return cli.PREEMPTED
   say(f"done: step {result.step}, checkpoints in {workdir / 'checkpoints'}")
   return 0
+
+
+def note_data(workdir: Path, fingerprint: str) -> None:
+  """Says so where a run goes on with other data than it began with: that is allowed, but no exact resume."""
+  path = workdir / DATA
+  old = path.read_text().strip() if path.is_file() else fingerprint
+  if old != fingerprint:
+    say(f"note: the data or its settings changed since this run was last started ({old} -> {fingerprint})")
+  if multihost.is_main():
+    path.write_text(fingerprint + "\n")
 
 
 def vocabulary(workdir: Path, source, data: DataConfig, text: ml_collections.ConfigDict) -> Tokenizer:
