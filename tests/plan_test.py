@@ -136,3 +136,14 @@ def test_hash_is_stable_and_even():
   values = uniform(7, np.arange(10_000))
   assert values.min() >= 0 and values.max() < 1 and abs(values.mean() - 0.5) < 0.01
   assert hash64(0, 1) != hash64(1, 0)
+
+
+@pytest.mark.parametrize("cost", [(1.0, 0.0), (1.0, 4e-4), (0.0, 1.0)])
+@pytest.mark.parametrize("num_samples", [1, 7, 1000, 3552])
+def test_no_row_is_empty(cost, num_samples):
+  """Whatever the cost: dealing leaves rows open that the tightest fit may then pass over."""
+  kinds = np.array([9, 12, 15, 16, 18, 24, 30, 32, 36, 48, 60, 64])
+  lengths = np.random.default_rng(0).choice(kinds, size=num_samples)
+  rows = plan_window(lengths, row_tokens=96, max_samples=8, method="best_fit", cost=cost)
+  assert all(rows)
+  assert sorted(i for row in rows for i in row) == list(range(len(lengths)))

@@ -79,6 +79,7 @@ def _best_fit(lengths: np.ndarray, row_tokens: int, max_samples: int, cost: tupl
       first = int(np.searchsorted(done, share))
       even = _spread(sorted_lengths[:first], target, row_tokens, max_samples, cost)
       even = _fill_tightest(sorted_lengths, even, first, row_tokens, max_samples) if even else []
+      even = [row for row in even if row]  # the tightest fit may leave a row that was dealt nothing empty
       if even and len(even) <= target:  # the most even packing in the fewest rows
         rows = even
         break
