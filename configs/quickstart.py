@@ -42,12 +42,12 @@ def get_config(preset: str = "") -> ml_collections.ConfigDict:
   config.optimizer.warmup_steps = 50
   config.optimizer.schedule = "cosine"
   config.optimizer.ema_decay = 0.98
-  config.train.num_steps = 900
+  config.train.num_steps = 1200
   config.train.log_every = 25
   config.train.eval_every = 300
   config.train.save_every = 300
   config.sample.num_inference_steps = 20
-  config.sample.guidance_scale = 3.0
+  config.sample.guidance_scale = 1.5
   if preset == "own_data":
     config.text.vocab_size = 2048
     config.text.max_tokens = 48

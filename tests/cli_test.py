@@ -13,7 +13,12 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 DEBUG = "--config=configs/quickstart.py:debug"
-SMALL = ("--config.model.width=16", "--config.model.depth=1", "--config.train.num_steps=2")
+SMALL = (
+  "--config.model.width=16",
+  "--config.model.depth=1",
+  "--config.train.num_steps=2",
+  "--config.optimizer.name=adamw",
+)
 TRAIN, SAMPLE, EVALUATE, PLOTS = (f"sora_jax.{name}" for name in ("train", "sample", "evaluate", "plots"))
 
 
