@@ -16,6 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec, build_source, split_ids
+from data_pipelines.sources.base import NoCaptionsError, Source
 from sora_jax import cli, sample_grid
 from sora_jax.conditioning import tokenizer as tokenizer_lib
 from sora_jax.conditioning.tokenizer import Tokenizer
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> int:
 
   spec, rows = batch_spec(data), local_rows(mesh, data.rows)
   workdir.mkdir(parents=True, exist_ok=True)
-  source = build_source(data)
+  source = readable_source(data)
   tokenizer = vocabulary(workdir, source, data, config.text)
   task = registry.build(config, batch_spec=spec, vocab_size=tokenizer.vocab_size)
   pipeline = Pipeline(source, data, spec, tokenizer)
@@ -98,6 +99,17 @@ def main(argv: list[str]) -> int:
     return cli.PREEMPTED
   say(f"done: step {result.step}, checkpoints in {workdir / 'checkpoints'}")
   return 0
+
+
+def readable_source(data: DataConfig) -> Source:
+  """The source; where it lacks captions, the report on its files comes before the error."""
+  try:
+    return build_source(data)
+  except NoCaptionsError:
+    bare = dataclasses.replace(data, captions_optional=True)
+    no_words = tokenizer_lib.train([], vocab_size=tokenizer_lib.SMALLEST, max_tokens=1)
+    say(str(Pipeline(build_source(bare), bare, batch_spec(bare), no_words, split="all").report()))
+    raise
 
 
 def note_data(workdir: Path, fingerprint: str) -> None:

@@ -11,6 +11,10 @@ from sora_jax.packing.geometry import ClipSpec
 __all__ = ["Entry", "SampleInfo", "Source", "UnreadableError"]
 
 
+class NoCaptionsError(ValueError):
+  """A folder in which no file has a caption, where captions are asked for."""
+
+
 @dataclasses.dataclass(frozen=True)
 class SampleInfo:
   """What the index knows of a sample; sizes as displayed (rotation and sample aspect ratio applied)."""

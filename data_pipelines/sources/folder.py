@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from data_pipelines.sources import paths
-from data_pipelines.sources.base import Entry, UnreadableError
+from data_pipelines.sources.base import Entry, NoCaptionsError, UnreadableError
 
 # Names only choose what is looked into; what a file is, its content says.
 MEDIA_SUFFIXES = frozenset(
@@ -43,9 +43,9 @@ def read_folder(
     reasons = f" ({len(rejects)} other files)" if rejects else ""
     raise ValueError(f"{root} holds no video or image{reasons}: give a folder of media files or a manifest")
   if not captions_optional and not any(e.captions for e in entries):
-    raise ValueError(
+    raise NoCaptionsError(
       f"none of the {len(entries)} media files in {root} has a caption: put a.txt beside a.mp4, give a "
-      "metadata.csv, or set data.captions_optional=True"
+      "metadata.csv, or set --config.data.captions_optional=True"
     )
   return entries, rejects
 

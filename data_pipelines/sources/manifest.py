@@ -52,7 +52,7 @@ def read_manifest(
   if entries and not captions_optional and not any(e.captions for e in entries):
     raise ValueError(
       f"every caption in {manifest} (column {', '.join(caption_columns)}) is empty: fill them in or set "
-      "data.captions_optional=True"
+      "--config.data.captions_optional=True"
     )
   return entries, rejects
 

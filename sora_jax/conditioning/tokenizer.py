@@ -9,6 +9,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 PAD_ID, NULL_ID, START_ID = 0, 1, 2
 SPECIAL = ["[PAD]", "[NULL]", "[START]"]
+SMALLEST = 256 + len(SPECIAL)  # every byte, so that any text can be encoded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +41,8 @@ class Tokenizer:
 
 def train(captions: Iterable[str], *, vocab_size: int, max_tokens: int) -> Tokenizer:
   """Learns at most `vocab_size` pieces; every byte is one of them, so any text can be encoded."""
-  floor = 256 + len(SPECIAL)
-  if vocab_size < floor:
-    raise ValueError(f"text.vocab_size={vocab_size} is below {floor}, the bytes and special tokens")
+  if vocab_size < SMALLEST:
+    raise ValueError(f"text.vocab_size={vocab_size} is below {SMALLEST}, the bytes and special tokens")
   tokenizer = tokenizers.Tokenizer(models.BPE())
   tokenizer.normalizer = normalizers.Sequence(
     [normalizers.NFC(), normalizers.Lowercase(), normalizers.Strip()]
