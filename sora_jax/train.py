@@ -106,7 +106,7 @@ def readable_source(data: DataConfig) -> Source:
   try:
     return build_source(data)
   except NoCaptionsError:
-    bare = dataclasses.replace(data, captions_optional=True)
+    bare = dataclasses.replace(data, captions_optional=True, num_eval=0, eval_fraction=0.0)
     no_words = tokenizer_lib.train([], vocab_size=tokenizer_lib.SMALLEST, max_tokens=1)
     say(str(Pipeline(build_source(bare), bare, batch_spec(bare), no_words, split="all").report()))
     raise
