@@ -3,7 +3,8 @@
 python -m sora_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
 Presets: "own_data" for your own clips (with --config.data.source=FOLDER_OR_MANIFEST), "debug" for a run of
-seconds. Hardware: 2 CPU cores. Expected figures: not run yet.
+seconds. Hardware: 2 CPU cores, about 6 minutes. Expected: colour 1.00 and direction 1.00 of 64 held-out
+combinations (docs/results.md).
 """
 
 import ml_collections
