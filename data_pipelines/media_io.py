@@ -100,6 +100,4 @@ def _probe_frames(folder: str, names: Sequence[str], fps: float) -> MediaInfo:
     if size not in (None, info):
       raise UnreadableError("frames_differ", f"{name} is {info[0]}x{info[1]}, the first {size[0]}x{size[1]}")
     size = info
-  return MediaInfo(
-    num_frames=len(names), height=size[1], width=size[0], fps=fps if len(names) > 1 else 0.0
-  )
+  return MediaInfo(num_frames=len(names), height=size[1], width=size[0], fps=fps if len(names) > 1 else 0.0)
