@@ -42,56 +42,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.diffusion.floor = 0.05
   config.diffusion.caption_drop = 0.1
 
-  # data_pipelines/config.py DataConfig, where each key is explained
-  config.data = ml_collections.ConfigDict()
-  config.data.source = "synthetic"
-  config.data.source_kwargs = ml_collections.ConfigDict()
-  config.data.data_root = ""
-  config.data.media_column = ""
-  config.data.caption_column = ""
-  config.data.captions_optional = False
-  config.data.allow_outside_root = False
-  config.data.min_size = 32
-  config.data.max_aspect = 8.0
-  config.data.decode_limit_s = 120.0
-  config.data.index_dir = ""
-  config.data.num_samples = 100_000
-  config.data.seed = 0
-  config.data.patch = (1, 16, 16)
-  config.data.max_tokens = 0
-  config.data.max_padding = 0.0
-  config.data.max_frames = 0
-  config.data.target_fps = 0.0
-  config.data.random_start = True
-  config.data.rows = 8
-  config.data.row_tokens = 1024
-  config.data.row_samples = 16
-  config.data.row_text_tokens = 256
-  config.data.packing = "best_fit"
-  config.data.packing_window = 4096
-  config.data.packing_cost = (1.0, 0.0004)  # 24 d sum(l) + 4 sum(l^2) at width d = 384
-  config.data.given_probability = 0.0
-  config.data.given_image_share = 0.5
-  config.data.num_eval = 0
-  config.data.eval_fraction = 0.0
-  config.data.threads = 4
-  config.data.workers = 0
-  config.data.prefetch = 2
-  config.data.cache_mb = 1024
+  config.data = _data()
 
-  # sora_jax/training/optimizer.py OptimizerConfig
-  config.optimizer = ml_collections.ConfigDict()
-  config.optimizer.name = "adamw"
-  config.optimizer.lr = 1e-3
-  config.optimizer.warmup_steps = 100
-  config.optimizer.schedule = "constant"
-  config.optimizer.final_lr_ratio = 0.0
-  config.optimizer.b1 = 0.9
-  config.optimizer.b2 = 0.95
-  config.optimizer.eps = 1e-8
-  config.optimizer.weight_decay = 0.0
-  config.optimizer.clip_norm = 1.0
-  config.optimizer.ema_decay = 0.999
+  config.optimizer = _optimizer()
 
   # sora_jax/parallel/mesh.py MeshConfig; -1 = the rest of the devices
   config.mesh = ml_collections.ConfigDict()
@@ -120,3 +73,62 @@ def get_config() -> ml_collections.ConfigDict:
   config.sample.num_samples = 8
   config.sample.num_seen = 0
   return config
+
+
+def _data() -> ml_collections.ConfigDict:
+  """data_pipelines/config.py DataConfig, where each key is explained."""
+  data = ml_collections.ConfigDict()
+  data.source = "synthetic"
+  data.source_kwargs = ml_collections.ConfigDict()
+  data.format = ""
+  data.data_root = ""
+  data.media_column = ""
+  data.caption_column = ""
+  data.captions_optional = False
+  data.allow_outside_root = False
+  data.frame_rate = 24.0
+  data.min_size = 32
+  data.max_aspect = 8.0
+  data.decode_limit_s = 120.0
+  data.index_dir = ""
+  data.num_samples = 100_000
+  data.seed = 0
+  data.patch = (1, 16, 16)
+  data.max_tokens = 0
+  data.max_padding = 0.0
+  data.max_frames = 0
+  data.target_fps = 0.0
+  data.random_start = True
+  data.rows = 8
+  data.row_tokens = 1024
+  data.row_samples = 16
+  data.row_text_tokens = 256
+  data.packing = "best_fit"
+  data.packing_window = 4096
+  data.packing_cost = (1.0, 0.0004)  # 24 d sum(l) + 4 sum(l^2) at width d = 384
+  data.given_probability = 0.0
+  data.given_image_share = 0.5
+  data.num_eval = 0
+  data.eval_fraction = 0.0
+  data.threads = 4
+  data.workers = 0
+  data.prefetch = 2
+  data.cache_mb = 1024
+  return data
+
+
+def _optimizer() -> ml_collections.ConfigDict:
+  """sora_jax/training/optimizer.py OptimizerConfig."""
+  optimizer = ml_collections.ConfigDict()
+  optimizer.name = "adamw"
+  optimizer.lr = 1e-3
+  optimizer.warmup_steps = 100
+  optimizer.schedule = "constant"
+  optimizer.final_lr_ratio = 0.0
+  optimizer.b1 = 0.9
+  optimizer.b2 = 0.95
+  optimizer.eps = 1e-8
+  optimizer.weight_decay = 0.0
+  optimizer.clip_norm = 1.0
+  optimizer.ema_decay = 0.999
+  return optimizer

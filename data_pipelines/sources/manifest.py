@@ -2,8 +2,8 @@
 
 Read so: Open-Sora (path, text), Hugging Face folders (file_name, text), DiffSynth (video, prompt),
 VideoX-Fun (file_path, text), LTX (media_path, caption), musubi (video_path, caption; a folder of frames will
-do), VideoTuna ("path, caption"), NeMo (file_name, vila_caption, start_frame, end_frame), Open-Sora-Plan (path,
-cap, cut, crop).
+do), VideoTuna ("path, caption"), NeMo (file_name, vila_caption, start_frame, end_frame), Open-Sora-Plan
+(path, cap, cut, crop).
 Sizes and rates are not trusted: the files say.
 """
 

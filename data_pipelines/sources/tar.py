@@ -138,7 +138,7 @@ def _read_archive(path: str, name: str, found: Found, options: ReadOptions) -> N
       raise ValueError(str(e)) from e
     found.rejects.append((name, f"truncated: {e}"))
   for key, group in groups.items():
-    media = [m for suffix, m in group.items() if is_media("." + suffix)]
+    media = [m for m in group.values() if is_media(m.name)]
     if not media:
       found.rejects.append((f"{name}/{key}", f"no_media: {', '.join(group)}"))
       continue
