@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()
   for field in dataclasses.fields(DataConfig):
     if isinstance(field.default, (str, bool, int, float, tuple)) and field.name not in without:
       parser.add_argument(f"--{field.name}", type=_parser_of(field.default), default=field.default)
+  parser.add_argument("--source_kwargs", type=json.loads, default={}, help='JSON, {"folder": "clips"}')
 
 
 def _parser_of(default: Any) -> Callable[[str], Any]:

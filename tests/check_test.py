@@ -77,6 +77,7 @@ def test_the_checker_on_paths_and_modules(module, plain, tmp_path, capsys):
   assert code == 0 and out.startswith("fine: ") and "2 samples, 2 read" in out
   assert run(capsys, f"{module}:Arrays")[0] == 0
   assert run(capsys, "synthetic", "--num_samples=9")[0] == 0
+  assert run(capsys, f"{module}:drawn", '--source_kwargs={"num_samples": 4}')[1].count("4 samples") == 1
   code, out = run(capsys, f"{module}:broken")
   assert code == 1 and "raises RuntimeError: no such bucket" in out
   code, out = run(capsys, tmp_path / "gone")
