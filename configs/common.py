@@ -51,11 +51,13 @@ def data() -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
   c.source = "synthetic"
   c.source_kwargs = ml_collections.ConfigDict()
+  c.format = ""
   c.data_root = ""
   c.media_column = ""
   c.caption_column = ""
   c.captions_optional = False
   c.allow_outside_root = False
+  c.frame_rate = 24.0
   c.min_size = 32
   c.max_aspect = 8.0
   c.decode_limit_s = 120.0

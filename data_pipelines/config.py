@@ -12,13 +12,15 @@ from sora_jax.types import BatchSpec
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
   # What is read.
-  source: str = "synthetic"  # a folder, a manifest (.csv .tsv .jsonl .json) or a registered name
-  source_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of a registered source
+  source: str = "synthetic"  # a path (see docs/data.md), a registered name or "package.module:MySource"
+  source_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the last two
+  format: str = ""  # of a path: "" = seen from it; else a name of docs/data.md
   data_root: str = ""  # where a manifest's relative paths also may start; "" = its own folder
   media_column: str = ""  # of a manifest; "" = the first known one
   caption_column: str = ""
   captions_optional: bool = False
   allow_outside_root: bool = False  # follow links, ".." and absolute paths out of the data folder
+  frame_rate: float = 24.0  # of folders of frames, which do not say
   min_size: int = 32  # pixels of the shorter side
   max_aspect: float = 8.0
   decode_limit_s: float = (
@@ -78,6 +80,8 @@ class DataConfig:
         f"data.max_tokens={self.max_tokens} exceeds data.row_tokens={self.row_tokens}: "
         "a sample fills at most a row"
       )
+    if self.frame_rate <= 0:
+      raise ValueError(f"data.frame_rate={self.frame_rate} is not above 0")
     for key in ("given_probability", "given_image_share", "eval_fraction", "max_padding"):
       if not 0 <= getattr(self, key) <= 1:
         raise ValueError(f"data.{key}={getattr(self, key)} is not a share between 0 and 1")

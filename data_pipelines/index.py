@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipelines import video_io
+from data_pipelines import media_io
 from data_pipelines.sources.base import Entry
 from data_pipelines.video_io import MediaInfo, UnreadableError
 
@@ -31,7 +31,7 @@ def probe_all(
   if todo:
     fresh, last_save = 0, time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-      futures = {pool.submit(_probe, e.path, decode_limit_s): key for key, e in todo.items()}
+      futures = {pool.submit(_probe, e, decode_limit_s): key for key, e in todo.items()}
       for future in concurrent.futures.as_completed(futures):
         kept[futures[future]] = future.result()
         fresh += 1
@@ -43,9 +43,9 @@ def probe_all(
   return [kept[key] for key in keys]
 
 
-def _probe(path: str, decode_limit_s: float) -> Probed:
+def _probe(entry: Entry, decode_limit_s: float) -> Probed:
   try:
-    return video_io.probe(path, decode_limit_s=decode_limit_s)
+    return media_io.probe(entry, decode_limit_s)
   except UnreadableError as e:
     return e
   except (OSError, ValueError) as e:  # a decoder's surprise concerns one file
@@ -54,10 +54,15 @@ def _probe(path: str, decode_limit_s: float) -> Probed:
 
 def _key(entry: Entry, decode_limit_s: float) -> str:
   try:
-    stat = os.stat(entry.path)
-    state = f"{stat.st_size}:{stat.st_mtime_ns}"
+    paths = [os.path.join(entry.path, name) for name in entry.frames] or [entry.path]
+    files = [os.stat(path) for path in paths]
+    state = ":".join(f"{s.st_size}:{s.st_mtime_ns}" for s in files)
   except OSError:
     state = "gone"
+  if entry.frames:
+    state = hashlib.blake2b(f"{state}{entry.frames}{entry.fps}".encode(), digest_size=16).hexdigest()
+  elif entry.span is not None:
+    state += f":{entry.span}"
   return f"{_VERSION}:{decode_limit_s:g}:{state}:{entry.name}"
 
 

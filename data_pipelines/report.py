@@ -4,20 +4,17 @@ Takes the keys of `config.data`. Text is counted in words; a run counts the toke
 """
 
 import argparse
-import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from data_pipelines.cli import add_arguments
 from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec, build_source
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="python -m data_pipelines.report", description=__doc__.split("\n")[0])
-  for field in dataclasses.fields(DataConfig):
-    if isinstance(field.default, (str, bool, int, float, tuple)):
-      parser.add_argument(f"--{field.name}", type=_parser_of(field.default), default=field.default)
+  add_arguments(parser)
   parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
   arguments = vars(parser.parse_args(argv))
   as_json = arguments.pop("json")
@@ -29,15 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
   print(json.dumps(report.as_dict()) if as_json else report)
   return 0
-
-
-def _parser_of(default: Any) -> Callable[[str], Any]:
-  if isinstance(default, bool):
-    return lambda text: {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-  if isinstance(default, tuple):
-    kind = type(default[0])
-    return lambda text: tuple(kind(part) for part in text.strip("()").split(","))
-  return type(default)
 
 
 if __name__ == "__main__":

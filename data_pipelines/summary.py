@@ -87,7 +87,7 @@ def describe(
     lost = [c - k for c, k in zip(counts, share_text(counts, spec.text_tokens))]
     cut_tokens, cut_captions = cut_tokens + sum(lost), cut_captions + sum(n > 0 for n in lost)
   return Report(
-    source=source.name,
+    source=source.name + (f" ({form})" if (form := getattr(source, "form", "")) else ""),
     samples=len(infos),
     videos=len(videos),
     images=len(infos) - len(videos),

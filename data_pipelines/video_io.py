@@ -7,6 +7,7 @@ Interlaced frames are taken as they are. The kind of file is read from its conte
 """
 
 import dataclasses
+import io
 import itertools
 import os
 import statistics
@@ -20,6 +21,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image, ImageOps
 
 from data_pipelines import color
+from data_pipelines.parts import Media, Part, open_bytes
 
 # Playlists and other formats that name further files or addresses are refused: a data file reads only itself.
 _OPEN_OPTIONS = {
@@ -55,7 +57,7 @@ class MediaInfo:
   note: str = ""
 
 
-def probe(path: str | Path, *, decode_limit_s: float = 120.0) -> MediaInfo:
+def probe(path: Media, *, decode_limit_s: float = 120.0) -> MediaInfo:
   """Frames, size and rate of a file.
 
   Videos up to `decode_limit_s` are decoded (not converted), so that the count is that of the frames which do
@@ -63,14 +65,12 @@ def probe(path: str | Path, *, decode_limit_s: float = 120.0) -> MediaInfo:
   """
   kind = _sniff(path)
   if kind == "image":
-    with _open_image(path) as image:
+    with open_image(path) as image:
       try:
         image.load()
       except (OSError, ValueError, SyntaxError) as e:
         raise UnreadableError("truncated", str(e)) from e
-      width, height = image.size
-      if image.getexif().get(0x0112, 1) >= 5:
-        width, height = height, width
+    width, height = probe_image_header(path)
     return MediaInfo(num_frames=1, height=height, width=width, fps=0.0)
   with _open_video(path) as (container, stream):
     seconds = float((stream.duration or 0) * stream.time_base) or (container.duration or 0) / 1e6
@@ -95,13 +95,13 @@ def probe(path: str | Path, *, decode_limit_s: float = 120.0) -> MediaInfo:
 
 
 def read_clip(
-  path: str | Path, *, num_frames: int, height: int, width: int, fps: float = 0.0, start_s: float = 0.0
+  path: Media, *, num_frames: int, height: int, width: int, fps: float = 0.0, start_s: float = 0.0
 ) -> np.ndarray:
   """uint8 (T, H, W, 3): for each time start_s + i / fps the frame on display then, resized."""
   if _sniff(path) == "image":
     if num_frames != 1:
       raise UnreadableError("too_short", f"an image was asked for {num_frames} frames")
-    return _read_image(path, height, width)
+    return read_image(path, height, width)
   wanted = start_s + np.arange(num_frames) / (fps or 1.0)
   out = np.empty((num_frames, height, width, 3), np.uint8)
   reformatter = VideoReformatter()
@@ -195,9 +195,10 @@ def _frames_from(container, stream, start_s: float) -> _Frames | _Chained:
 class _open_video:  # noqa: N801, a context manager used as a function
   """Opens the first real video stream of a file, cover art aside."""
 
-  def __init__(self, path: str | Path):
+  def __init__(self, path: Media):
     try:
-      self._container = av.open(str(path), options=dict(_OPEN_OPTIONS))
+      self._file = path.open() if isinstance(path, Part) else None
+      self._container = av.open(self._file or str(path), "r", options=dict(_OPEN_OPTIONS))
     except (av.FFmpegError, OSError, ValueError) as e:
       raise UnreadableError("unreadable", getattr(e, "strerror", None) or str(e)) from e
     streams = [
@@ -220,19 +221,21 @@ class _open_video:  # noqa: N801, a context manager used as a function
 
   def __exit__(self, *_):
     self._container.close()
+    if self._file is not None:
+      self._file.close()
 
 
-def _sniff(path: str | Path) -> str:
+def _sniff(path: Media) -> str:
   """ "image" or "video", by content; raises where there is nothing to read."""
   try:
-    with open(path, "rb") as f:
+    with open_bytes(path) as f:
       head = f.read(32)
   except OSError as e:
     raise UnreadableError("missing" if isinstance(e, FileNotFoundError) else "unreadable", e.strerror) from e
   if not head:
     raise UnreadableError("empty", "0 bytes")
   if head.startswith(b"GIF8"):
-    with _open_image(path) as image:
+    with open_image(path) as image:
       return "video" if getattr(image, "n_frames", 1) > 1 else "image"
   is_image = (
     head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*"))
@@ -242,9 +245,9 @@ def _sniff(path: str | Path) -> str:
   return "image" if is_image else "video"
 
 
-def _open_image(path: str | Path) -> Image.Image:
+def open_image(path: Media) -> Image.Image:
   try:
-    image = Image.open(path)
+    image = Image.open(io.BytesIO(path.read()) if isinstance(path, Part) else path)
   except Image.DecompressionBombError as e:
     raise UnreadableError("too_large", str(e)) from e
   except (OSError, ValueError, SyntaxError) as e:
@@ -254,9 +257,17 @@ def _open_image(path: str | Path) -> Image.Image:
   return image
 
 
-def _read_image(path: str | Path, height: int, width: int) -> np.ndarray:
+def probe_image_header(path: Media) -> tuple[int, int]:
+  """(width, height) as displayed, no pixel decoded."""
+  if _sniff(path) != "image":
+    raise UnreadableError("unreadable", f"{path} is no image")
+  with open_image(path) as image:
+    return image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size
+
+
+def read_image(path: Media, height: int, width: int) -> np.ndarray:
   try:
-    with _open_image(path) as image:
+    with open_image(path) as image:
       image = color.to_rgb_image(ImageOps.exif_transpose(image))
       if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)

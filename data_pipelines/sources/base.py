@@ -1,14 +1,15 @@
 """What a source of samples is."""
 
 import dataclasses
-from typing import Protocol
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from data_pipelines.video_io import UnreadableError
 from sora_jax.packing.geometry import ClipSpec
 
-__all__ = ["Entry", "SampleInfo", "Source", "UnreadableError"]
+__all__ = ["Entry", "Found", "ReadOptions", "SampleInfo", "Source", "UnreadableError"]
 
 
 class NoCaptionsError(ValueError):
@@ -37,6 +38,37 @@ class Entry:
   path: str
   captions: tuple[str, ...] = ()
   label: int = -1
+  span: tuple[int, int] | None = None  # (offset, bytes): the medium is this part of the file `path`
+  frames: tuple[str, ...] = ()  # images in display order: the medium is the folder `path`
+  fps: float = 0.0  # of `frames`, which do not say
+  cut: tuple[int, int] | None = None  # first frame, one past the last (-1 = to the end)
+  crop: tuple[int, int, int, int] | None = None  # left, right, top, bottom: pixels as displayed
+
+  @property
+  def sample_name(self) -> str:
+    """Tells samples of one file apart."""
+    cut = "" if self.cut is None else f"#{self.cut[0]}-{self.cut[1] if self.cut[1] >= 0 else 'end'}"
+    return self.name + cut + ("" if self.crop is None else "#" + ",".join(map(str, self.crop)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+  """The keys of `config.data` that the readers of formats go by."""
+
+  data_root: str = ""
+  media_column: str = ""
+  caption_column: str = ""
+  captions_optional: bool = False
+  allow_outside_root: bool = False
+  frame_rate: float = 24.0
+
+
+class Found(NamedTuple):
+  """What a reader of a format found: nothing is opened but manifests and captions."""
+
+  root: Path  # of the data; the index is kept here
+  entries: list[Entry]
+  rejects: list[tuple[str, str]]  # (name, reason)
 
 
 class Source(Protocol):

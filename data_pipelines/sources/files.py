@@ -8,7 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from data_pipelines import index, video_io
+from data_pipelines import index, media_io
 from data_pipelines.sources.base import Entry, SampleInfo
 from data_pipelines.video_io import MediaInfo, UnreadableError
 from sora_jax.packing.geometry import ClipSpec
@@ -29,24 +29,28 @@ class FileSource:
     decode_limit_s: float,
     threads: int,
     cache_dir: str,
+    form: str = "",
   ):
-    self.name, self.root = name, str(root)
+    self.name, self.root, self.form = name, str(root), form
     self.rejects = list(rejects)
     self.notes: list[tuple[str, str]] = []
     self._entries: list[Entry] = []
-    self._infos: list[MediaInfo] = []
+    self._infos: list[MediaInfo] = []  # of what is used
+    self._wholes: list[MediaInfo] = []  # of the files
     probed = index.probe_all(
       entries, root, decode_limit_s=decode_limit_s, threads=threads, cache_dir=cache_dir
     )
-    for entry, info in zip(entries, probed):
-      reason = str(info) if isinstance(info, UnreadableError) else _unfit(info, min_size, max_aspect)
-      if reason:
-        self.rejects.append((entry.name, reason))
+    for entry, whole in zip(entries, probed):
+      try:
+        info = _used(entry, whole, min_size, max_aspect)
+      except UnreadableError as e:
+        self.rejects.append((entry.sample_name, str(e)))
         continue
       self._entries.append(entry)
       self._infos.append(info)
+      self._wholes.append(whole)
       if info.note:
-        self.notes.append((entry.name, info.note))
+        self.notes.append((entry.sample_name, info.note))
     if not self._entries:
       counts = collections.Counter(reason.split(":")[0] for _, reason in self.rejects)
       reasons = ", ".join(f"{n} {reason}" for reason, n in counts.most_common())
@@ -59,7 +63,7 @@ class FileSource:
     entry, info = self._entries[i], self._infos[i]
     return SampleInfo(
       id=i,
-      name=entry.name,
+      name=entry.sample_name,
       num_frames=info.num_frames,
       height=info.height,
       width=info.width,
@@ -70,28 +74,24 @@ class FileSource:
 
   def load(self, i: int, spec: ClipSpec, start_s: float = 0.0) -> np.ndarray:
     try:
-      return video_io.read_clip(
-        self._entries[i].path,
-        num_frames=spec.num_frames,
-        height=spec.height,
-        width=spec.width,
-        fps=spec.fps,
-        start_s=start_s,
-      )
+      return media_io.read(self._entries[i], self._wholes[i], spec, start_s)
     except (av.FFmpegError, OSError, ValueError) as e:  # a decoder's surprise concerns one file
       raise UnreadableError("unreadable", str(e)) from e
 
   def fingerprint(self) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for entry, info in zip(self._entries, self._infos):
-      digest.update(repr((entry.name, entry.captions, entry.label, info)).encode())
+      digest.update(repr((entry.sample_name, entry.captions, entry.label, info)).encode())
     return digest.hexdigest()
 
 
-def _unfit(info: MediaInfo, min_size: int, max_aspect: float) -> str:
+def _used(entry: Entry, whole: index.Probed, min_size: int, max_aspect: float) -> MediaInfo:
+  if isinstance(whole, UnreadableError):
+    raise whole
+  info = media_io.cut_info(whole, entry)
   size = f"{info.width}x{info.height}"
   if min(info.width, info.height) < min_size:
-    return f"too_small: {size}, data.min_size={min_size}"
+    raise UnreadableError("too_small", f"{size}, data.min_size={min_size}")
   if max(info.width, info.height) > max_aspect * min(info.width, info.height):
-    return f"aspect: {size}, data.max_aspect={max_aspect:g}"
-  return ""
+    raise UnreadableError("aspect", f"{size}, data.max_aspect={max_aspect:g}")
+  return info

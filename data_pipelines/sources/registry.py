@@ -1,19 +1,18 @@
 """Which source a `config.data.source` names."""
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from data_pipelines.config import DataConfig
-from data_pipelines.sources import manifest
-from data_pipelines.sources.base import Source
+from data_pipelines.sources import custom, formats
+from data_pipelines.sources.base import Found, ReadOptions, Source
 from data_pipelines.sources.files import FileSource
-from data_pipelines.sources.folder import read_folder
 from data_pipelines.sources.synthetic import SyntheticSource
 
 Factory = Callable[[DataConfig], Source]
 _factories: dict[str, Factory] = {}
-_MANIFESTS = ("metadata.csv", "metadata.jsonl", "metadata.json", "videos2caption.json")
 
 
 def register(name: str) -> Callable[[Factory], Factory]:
@@ -29,42 +28,37 @@ def register(name: str) -> Callable[[Factory], Factory]:
 
 
 def build_source(config: DataConfig) -> Source:
-  """A registered name, else a manifest file, else a folder (with its metadata.* where there is one)."""
+  """A registered name, else "module:Name", else a path in one of the formats of `formats.py`."""
   if config.source in _factories:
     return _factories[config.source](config)
-  path = Path(os.path.expanduser(config.source))
-  if not path.exists():
+  path, options = Path(os.path.expanduser(config.source)), read_options(config)
+  if custom.is_custom(config.source) and not path.exists():
+    found = custom.adapt(custom.make(config.source, config), config.source, options)
+    return files_of(config.source, "custom", found, config) if isinstance(found, Found) else found
+  # Open-Sora leaves foo.parquet away where the folder foo/ holds its shards.
+  if not path.exists() and not (path.suffix == ".parquet" and path.with_suffix("").is_dir()):
     raise ValueError(
       f"data.source={config.source!r} is neither a file or folder nor one of {', '.join(sorted(_factories))}"
     )
-  if path.is_dir():
-    inside = next((path / m for m in _MANIFESTS if (path / m).is_file()), None)
-    path = inside or path
-  if path.is_dir():
-    root, found = path, read_folder(path, **_limits(config))
-  elif path.suffix.lower() in manifest.SUFFIXES:
-    root = Path(config.data_root) if config.data_root else path.parent
-    columns = {"media_column": config.media_column, "caption_column": config.caption_column}
-    found = manifest.read_manifest(path, data_root=config.data_root, **columns, **_limits(config))
-  else:
-    raise ValueError(f"data.source={config.source!r} is no folder and no {' '.join(manifest.SUFFIXES)} file")
+  form, found = formats.read(path, options, config.format)
+  return files_of(str(path), form, found, config)
+
+
+def files_of(name: str, form: str, found: Found, config: DataConfig) -> FileSource:
   return FileSource(
-    str(path),
-    root,
+    name,
     *found,
     min_size=config.min_size,
     max_aspect=config.max_aspect,
     decode_limit_s=config.decode_limit_s,
     threads=config.threads,
     cache_dir=config.index_dir,
+    form=form,
   )
 
 
-def _limits(config: DataConfig) -> dict[str, bool]:
-  return {
-    "captions_optional": config.captions_optional,
-    "allow_outside_root": config.allow_outside_root,
-  }
+def read_options(config: DataConfig) -> ReadOptions:
+  return ReadOptions(**{f.name: getattr(config, f.name) for f in dataclasses.fields(ReadOptions)})
 
 
 @register("synthetic")

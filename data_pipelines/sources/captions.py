@@ -1,0 +1,67 @@
+"""Where a caption stands, in a record or beside a file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.sources import paths
+from data_pipelines.sources.base import NoCaptionsError
+from data_pipelines.video_io import UnreadableError
+
+COLUMNS = (
+  *("text", "cap", "caption", "prompt", "vila_caption", "captions", "prompts", "txt"),
+  *("long_caption", "short_caption", "description", "descriptions", "alt_text", "internvl", "usr"),
+)
+
+
+def clean(value: Any) -> tuple[str, ...]:
+  """One text or several, white space evened out, empty ones dropped."""
+  values = value if isinstance(value, (list, tuple)) else [value]
+  texts = (" ".join(str(v).split()) for v in values if v is not None)
+  return tuple(t for t in texts if t)
+
+
+def of_record(record: dict[str, Any], columns: tuple[str, ...] | list[str] = COLUMNS) -> tuple[str, ...]:
+  return next((texts for c in columns if (texts := clean(record.get(c)))), ())
+
+
+def of_json(text: str, where: str, column: str = "") -> tuple[str, ...]:
+  """Of a file about one sample: an object with a caption column, or a plain text."""
+  try:
+    record = json.loads(text)
+  except (ValueError, RecursionError) as e:
+    raise UnreadableError("caption_unreadable", f"{where} is not JSON: {e}") from e
+  if isinstance(record, str):
+    return clean(record)
+  known = (column,) if column else COLUMNS
+  if not isinstance(record, dict) or not any(c in record for c in known):
+    found = ", ".join(map(str, record)) if isinstance(record, dict) else "no columns"
+    raise UnreadableError(
+      "caption_unreadable", f"{where} has no caption column (one of {', '.join(known)}); it has {found}"
+    )
+  return of_record(record, known)
+
+
+def beside(
+  path: Path, root: Path, *, allow_outside_root: bool, folder: Path | None = None, column: str = ""
+) -> tuple[str, ...]:
+  """Of a.txt, else a.json, beside a.mp4 or in another folder; none where neither is there."""
+  for suffix in (".txt", ".json"):
+    text = (folder or path.parent) / (path.stem + suffix)
+    if not text.exists() and not text.is_symlink():
+      continue
+    resolved = paths.resolve(text, root, allow_outside_root=allow_outside_root)
+    try:
+      content = Path(resolved).read_text(encoding="utf-8-sig", errors="replace")
+    except OSError as e:
+      raise UnreadableError("caption_unreadable", e.strerror or "") from e
+    return clean(content) if suffix == ".txt" else of_json(content, text.name, column)
+  return ()
+
+
+def require(entries: list, where: str, remedy: str, *, captions_optional: bool) -> None:
+  if entries and not captions_optional and not any(e.captions for e in entries):
+    raise NoCaptionsError(
+      f"none of the {len(entries)} media files in {where} has a caption: {remedy}, or set "
+      "--config.data.captions_optional=True"
+    )

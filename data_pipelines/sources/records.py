@@ -1,0 +1,90 @@
+"""The records of a .csv, .tsv, .json, .jsonl or .parquet file."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipelines.sources import paths
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+PICKLES = (".pkl", ".pickle", ".pth", ".pt")
+
+Record = dict[str, Any]
+
+
+def read_records(manifest: Path) -> list[Record]:
+  suffix = manifest.suffix.lower()
+  if suffix in PICKLES:
+    raise ValueError(f"{manifest} is a pickle, which can run any code when read: convert it to .json")
+  if suffix == ".parquet" or (manifest.is_dir() and not suffix):
+    return read_parquet(manifest)
+  try:
+    text = manifest.read_text(encoding="utf-8-sig")
+  except UnicodeDecodeError as e:
+    raise ValueError(f"{manifest} is not UTF-8 (byte {e.start}): convert it") from e
+  except OSError as e:
+    raise ValueError(f"cannot read {manifest}: {e.strerror}") from e
+  if suffix in (".csv", ".tsv"):
+    csv.field_size_limit(2**24)
+    delimiter = "\t" if suffix == ".tsv" else ","
+    try:
+      rows = list(csv.DictReader(text.splitlines(True), delimiter=delimiter, skipinitialspace=True))
+    except csv.Error as e:
+      raise ValueError(f"{manifest} is not a CSV file: {e}") from e
+    return [{(k or "").strip(): v for k, v in row.items()} for row in rows]
+  return _read_json(manifest, text, lines=suffix == ".jsonl")
+
+
+def _read_json(manifest: Path, text: str, *, lines: bool) -> list[Record]:
+  number = 1
+  try:
+    if lines:
+      records = []
+      for number, line in enumerate(text.split("\n"), 1):  # noqa: B007, named in the error
+        if line.strip():
+          records.append(json.loads(line))
+    else:
+      records = json.loads(text)
+      records = records.get("data") if isinstance(records, dict) else records
+  except json.JSONDecodeError as e:
+    raise ValueError(f"{manifest}, line {number + e.lineno - 1}: {e.msg}") from e
+  except (ValueError, RecursionError) as e:  # a number of too many digits, brackets too deep
+    raise ValueError(f"{manifest}, line {number}: {e}") from e
+  if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
+    raise ValueError(f'{manifest} holds no list of records like {{"path": "a.mp4", "caption": "..."}}')
+  return records
+
+
+def read_parquet(manifest: Path) -> list[Record]:
+  """Of foo.parquet where it has rows, else of its shards foo/*.parquet; of a folder, its shards."""
+  shards = manifest if manifest.is_dir() else manifest.with_suffix("")
+  records = _rows(manifest) if manifest.is_file() else []
+  if not records and shards.is_dir():
+    # A shard that links out of the folder is not one of it.
+    home = shards.resolve()
+    files = [f for f in shards.glob("*.parquet") if home in f.resolve().parents]
+    for file in sorted(files, key=lambda f: paths.natural_key(f.name)):
+      records += _rows(file)
+  return records
+
+
+def _rows(file: Path) -> list[Record]:
+  """Columns of bytes (images, latents) are left where they are."""
+  try:
+    with pq.ParquetFile(file) as parquet:
+      columns = [f.name for f in parquet.schema_arrow if not _holds_bytes(f.type)]
+      return parquet.read(columns=columns).to_pylist()
+  except (pa.ArrowException, OSError, ValueError, OverflowError) as e:
+    raise ValueError(f"{file} is not a Parquet file: {str(e).splitlines()[0]}") from e
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+  if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    return _holds_bytes(kind.value_type)
+  if pa.types.is_struct(kind):
+    return any(_holds_bytes(kind.field(i).type) for i in range(kind.num_fields))
+  return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
