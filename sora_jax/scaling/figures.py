@@ -76,7 +76,7 @@ def draw(law: str, runs: Table, fitted: Fit | Result, *, extrapolate: float) -> 
   if law in ("chinchilla", "isoflop"):
     yield "isoflop", *isoflop_curves(runs, fitted)
   if law in ("chinchilla", "isoflop", "envelope"):
-    yield "optimal", *optimal(law, runs, fitted, extrapolate=extrapolate)
+    yield "optimal", *optimal(runs, fitted, extrapolate=extrapolate)
   if law != "envelope":
     yield "residuals", *residuals(runs, fitted)
 
@@ -123,7 +123,7 @@ def isoflop_curves(runs: Table, fitted: Fit | Result) -> tuple[Figure, Data]:
   cuts = list(_parabola_cuts(runs, fitted) if isinstance(fitted, Result) else _law_cuts(runs, fitted))
   norm = LogNorm(*_span(np.array([compute for compute, *_ in cuts])))
   colours = matplotlib.colormaps["viridis"]
-  for compute, rows, sizes, losses, best in cuts:
+  for compute, rows, sizes, losses, _ in cuts:
     colour = colours(0.9 * norm(compute))
     axes.plot(runs.params[rows], runs.loss[rows], "o", color=colour, markersize=3.5, markeredgewidth=0)
     axes.plot(sizes, losses, color=colour, linewidth=1.1)
@@ -143,7 +143,7 @@ def isoflop_curves(runs: Table, fitted: Fit | Result) -> tuple[Figure, Data]:
 SMALL = {"fontsize": 6.5, "va": "center"}
 
 
-def optimal(law: str, runs: Table, fitted: Fit | Result, *, extrapolate: float) -> tuple[Figure, Data]:
+def optimal(runs: Table, fitted: Fit | Result, *, extrapolate: float) -> tuple[Figure, Data]:
   """Best size and tokens by compute."""
   figure, panels = _figure(columns=2)
   data = Data()
@@ -166,8 +166,7 @@ def optimal(law: str, runs: Table, fitted: Fit | Result, *, extrapolate: float) 
       axes.plot(compute, values, ".", color="0.6", markersize=3, label="runs", zorder=0)
       data.add(f"runs {name}", compute, values)
     axes.set(xscale="log", yscale="log", xlabel="compute", ylabel=f"best number of {name}")
-    axes.legend(frameon=False, loc="upper left")
-  del law
+    axes.legend(loc="upper left", edgecolor="none", framealpha=0.85)
   return figure, data
 
 
@@ -185,7 +184,7 @@ def residuals(runs: Table, fitted: Fit | Result) -> tuple[Figure, Data]:
   axes.axhspan(-rms, rms, color=LINE, alpha=0.08, linewidth=0, label=f"root mean square: {rms:.2g} %")
   data.add("loss / fit - 1", runs.compute, missed)
   axes.set(xscale="log", xlabel="compute", ylabel="loss above the fit (%)")
-  axes.legend(frameon=False, loc="upper right")
+  axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
   return figure, data
 
 
@@ -277,7 +276,11 @@ def _between(samples: np.ndarray) -> str:
 def _plain_y(axes: Axes) -> None:
   """Losses span less than a decade: plain numbers at more places than the powers of ten."""
   low, high = axes.get_ylim()
-  subs = (1.0, 2.0, 5.0) if high / low > 8 else tuple(np.arange(1, 10, 0.5 if high / low > 1.8 else 0.1))
+  ratio = high / low
+  spacing = next(
+    step for most, step in ((1.25, 0.05), (1.5, 0.1), (2.2, 0.2), (8.0, 0.5), (np.inf, 0)) if ratio <= most
+  )
+  subs = tuple(np.arange(1, 10, spacing)) if spacing else (1.0, 2.0, 5.0)
   axes.yaxis.set_major_locator(LogLocator(10, subs=subs, numticks=8))
   axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
   axes.yaxis.set_minor_formatter(NullFormatter())
