@@ -157,6 +157,17 @@ def test_isoflop_and_envelope():
   assert abs(isoflop.envelope(curves).letters()["a"] / A_OPT - 1) < 0.05
 
 
+def test_minima_of_true_parabolas():
+  compute = np.repeat([1.0, 10.0, 100.0], 5)
+  best = 100 * compute**0.5
+  params = best * np.tile(np.geomspace(0.5, 8, 5), 3)  # the best one is not in the middle
+  loss = 2 * np.exp(0.1 * np.log(params / best) ** 2)
+  optima = isoflop.parabolas(table.complete(Table(loss=loss, params=params, compute=compute))).optima
+  np.testing.assert_allclose(optima.params, best[::5])
+  np.testing.assert_allclose(optima.tokens, compute[::5] / (6 * best[::5]))
+  np.testing.assert_allclose(optima.loss, 2)
+
+
 def test_intervals_quick():
   share = coverage(power_runs, "power", POWER, repetitions=60, num=150)
   assert all(0.8 <= s <= 0.98 for s in share.values()), share

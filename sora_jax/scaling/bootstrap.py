@@ -22,16 +22,20 @@ def widened(residual: np.ndarray, *, num_parameters: int, level: float = LEVEL) 
   return residual * np.sqrt(len(residual) / freedom) * stats.t.ppf(tail, freedom) / stats.norm.ppf(tail)
 
 
-def draw(residual: np.ndarray, num: int, *, num_parameters: int, seed: int) -> np.ndarray:
-  """(num, n) errors."""
+def draw(residual: np.ndarray, num: int, *, num_runs: int, num_parameters: int, seed: int) -> np.ndarray:
+  """(num, num_runs) errors."""
   pool = widened(residual - residual.mean(), num_parameters=num_parameters)
-  return np.random.default_rng(seed).choice(pool, (num, len(pool)))
+  return np.random.default_rng(seed).choice(pool, (num, num_runs))
 
 
 def of(fit: Fit, *, num: int, seed: int) -> Fit:
   """The fit with `num` replicas."""
   variables = laws.log_variables(fit.law, fit.table) - fit.shift_V[:, None]
-  errors = draw(fit.residuals(), num, num_parameters=len(fit.theta_P), seed=seed)
+  residuals = fit.residuals()
+  if np.isfinite(fit.law.delta):
+    # A Huber fit this sharp runs through as many runs as it has parameters: no errors, but zeros.
+    residuals = residuals[np.argsort(np.abs(residuals))[len(fit.theta_P) :]]
+  errors = draw(residuals, num, num_runs=len(fit.table), num_parameters=len(fit.theta_P), seed=seed)
   targets = np.log(fit.predict(fit.table)) + errors
   starts = np.repeat(fit.theta_P[None], num, axis=0)
   samples, _ = laws.solve(fit.law, variables, targets, starts, num_steps=40)

@@ -94,7 +94,7 @@ def parabolas(table: Table, *, num: int = 0, seed: int = 0) -> Result:
   optima = Optima(compute, *(np.array(column) for column in zip(*minima)))
   if not num:
     return Result(optima, None, tuple(fitted), residuals, rows, tuple(notes))
-  errors = bootstrap.draw(residuals, num, num_parameters=BEND * len(fitted), seed=seed)
+  errors = bootstrap.draw(residuals, num, num_runs=len(rows), num_parameters=BEND * len(fitted), seed=seed)
   drawn, begin = [], 0
   for parabola, value in zip(fitted, values):
     target = value + errors[:, begin : begin + len(value)]
