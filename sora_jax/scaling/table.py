@@ -1,0 +1,118 @@
+"""Runs as a table: params, tokens, compute and loss of each, read from a CSV."""
+
+import csv
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+COLUMNS = ("params", "tokens", "compute", "loss")
+FLOPS_PER_PARAM_TOKEN = 6.0  # forward and backward of a dense network; used only where a column is missing
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """Columns of equal length; None where the file has none."""
+
+  loss: np.ndarray
+  compute: np.ndarray | None = None
+  params: np.ndarray | None = None
+  tokens: np.ndarray | None = None
+
+  def __len__(self) -> int:
+    return len(self.loss)
+
+  def rows(self, index: np.ndarray) -> "Table":
+    """The rows that `index` (mask or numbers) names."""
+    return Table(**{c: None if (v := getattr(self, c)) is None else v[index] for c in ("loss", *COLUMNS[:3])})
+
+  def has(self, columns: Sequence[str]) -> bool:
+    return all(getattr(self, column) is not None for column in columns)
+
+
+def read(path: str | Path) -> Table:
+  """Every column of COLUMNS that the file has; other columns are left alone."""
+  with open(path, newline="", encoding="utf-8-sig") as file:
+    try:
+      lines = list(csv.reader(file))
+    except (csv.Error, UnicodeDecodeError) as error:
+      raise ValueError(f"{path}: not a CSV file ({error})") from None
+  if not lines:
+    raise ValueError(f"{path}: empty file; it needs a header line with {', '.join(COLUMNS)}")
+  header = [cell.strip().lower() for cell in lines[0]]
+  twice = [column for column in COLUMNS if header.count(column) > 1]
+  if twice:
+    raise ValueError(f"{path}: the column {twice[0]} appears twice in the header")
+  if "loss" not in header:
+    raise ValueError(f"{path}: no column loss; its header is {', '.join(header)}")
+  places = {column: header.index(column) for column in COLUMNS if column in header}
+  values: dict[tuple[float, ...], int] = {}
+  for number, line in enumerate(lines[1:], 2):
+    if not any(cell.strip() for cell in line):
+      continue
+    row = tuple(_number(path, number, column, line, place) for column, place in places.items())
+    if row in values:
+      raise ValueError(f"{path}: row {number} is a duplicate of row {values[row]}; take one of them out")
+    values[row] = number
+  if not values:
+    raise ValueError(f"{path}: a header and no rows")
+  columns = np.array(list(values), np.float64).T
+  return complete(Table(**dict(zip(places, columns))))
+
+
+def complete(table: Table) -> Table:
+  """Of params, tokens and compute, the one that is missing from the other two by C = 6 N D."""
+  n, d, c = table.params, table.tokens, table.compute
+  if c is None and n is not None and d is not None:
+    return dataclasses.replace(table, compute=FLOPS_PER_PARAM_TOKEN * n * d)
+  if d is None and n is not None and c is not None:
+    return dataclasses.replace(table, tokens=c / (FLOPS_PER_PARAM_TOKEN * n))
+  if n is None and d is not None and c is not None:
+    return dataclasses.replace(table, params=c / (FLOPS_PER_PARAM_TOKEN * d))
+  return table
+
+
+def require(table: Table, columns: Sequence[str], *, law: str, path: str | Path) -> None:
+  missing = [column for column in columns if getattr(table, column) is None]
+  if missing:
+    raise ValueError(
+      f"{path}: no column {', '.join(missing)}; the law {law} needs {', '.join((*columns, 'loss'))}"
+    )
+
+
+def frontier(table: Table) -> Table:
+  """The runs that no run of as little compute beats, by compute."""
+  order = np.lexsort((table.loss, table.compute))
+  loss = table.loss[order]
+  best = np.minimum.accumulate(loss)
+  return table.rows(order[np.r_[True, loss[1:] < best[:-1]]])
+
+
+def budgets(compute: np.ndarray, *, tolerance: float = 0.1) -> list[np.ndarray]:
+  """Indices of the runs of each compute budget, ascending; runs closer than `tolerance` share one."""
+  order = np.argsort(compute, kind="stable")
+  gaps = np.diff(np.log(compute[order])) > math.log1p(tolerance)
+  return np.split(order, np.flatnonzero(gaps) + 1)
+
+
+def write(path: str | Path, columns: dict[str, Sequence]) -> None:
+  with open(path, "w", newline="", encoding="utf-8") as file:
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+
+
+def _number(path: str | Path, number: int, column: str, line: list[str], place: int) -> float:
+  where = f"{path}: row {number}: column {column}"
+  if place >= len(line) or not line[place].strip():
+    raise ValueError(f"{where}: empty cell")
+  cell = line[place].strip()
+  try:
+    value = float(cell)
+  except ValueError:
+    raise ValueError(f"{where}: {cell!r} is not a number") from None
+  if not (math.isfinite(value) and value > 0):
+    raise ValueError(f"{where}: {cell} is not a positive, finite number")
+  return value
