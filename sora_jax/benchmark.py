@@ -12,13 +12,14 @@ import os
 import platform
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from sora_jax import benchmark_baseline
 from sora_jax.conditioning.text import TextConfig
@@ -220,6 +221,8 @@ def main(argv):
     raise app.UsageError(f"unexpected argument {argv[1]!r}")
   if _WIDTH.value % (2 * _HEADS.value):
     raise app.UsageError(f"--width={_WIDTH.value} must be an even multiple of --heads={_HEADS.value}")
+  logging.set_verbosity(logging.WARNING)
+  print(f"measuring {_WHAT.value}, {_REPEATS.value} repeats: a minute or more", file=sys.stderr, flush=True)
   measured = {"step": measure_step, "attention": measure_attention}[_WHAT.value]()
   print(json.dumps({"what": _WHAT.value, **measured, "repeats": _REPEATS.value, **machine()}), flush=True)
 

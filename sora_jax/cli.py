@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a fault of the program, 2 a mistake of the user's, 42 stop
 """
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -44,10 +45,13 @@ def _of_config(error: Exception, argv: Sequence[str]) -> Exception:
   """What ml_collections says of a config flag, in the user's terms."""
   text = str(error)
   if isinstance(error, AttributeError | KeyError):
-    last = text.strip("\"' ").split("'")[0]
+    # "'key'" on one line; a suggestion may follow on the next.
+    last = re.findall(r"\w+", text.splitlines()[0] if "\n" in text else text.split("\\n")[0])[-1:]
+    suggestion = re.search(r"Did you mean [\"'](\w+)", text)
     keys = [arg[2:].split("=")[0] for arg in argv if arg.startswith("--config.")]
-    wrong = [key for key in keys if last in key.split(".")]
-    return flags.Error(f"the config has no key {wrong[0]}") if wrong else error
+    wrong = [key for key in keys if last and last[0] in key.split(".")]
+    hint = f"; did you mean {suggestion[1]}?" if suggestion else ""
+    return flags.Error(f"the config has no key {wrong[0]}{hint}") if wrong else error
   if "Traceback" in text:  # the config file itself failed: its own words come last
     return flags.Error(text.strip().splitlines()[-1].removeprefix("ValueError: "))
   if "No such file" in text and "config" in text:

@@ -6,6 +6,7 @@ Writes sample_0000.mp4 (.png for one frame) with a .json of all settings beside 
 import dataclasses
 import itertools
 import json
+import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -70,6 +71,7 @@ def main(argv: list[str]) -> int:
     raise ValueError('nothing to sample: give --prompt="..." or --prompts_file=FILE')
   run = trained.load(FLAGS.workdir, step=FLAGS.step, ema=FLAGS.ema)
   jobs = [job for values in asked for job in _jobs(run, values)]
+  _announce(run, jobs)
   output_dir = Path(FLAGS.output_dir or run.workdir / "samples" / f"step_{run.step:06d}")
   output_dir.mkdir(parents=True, exist_ok=True)
   videos = _sample(run, jobs)
@@ -83,6 +85,24 @@ def main(argv: list[str]) -> int:
   video_io.write_png(sheet, plots.contact_sheet(videos, [job.request.prompt for job in jobs]))
   print(sheet)
   return 0
+
+
+def _announce(run: TrainedRun, jobs: list[Job]) -> None:
+  """What is about to be sampled, and where that is far from what the run was trained on."""
+  print(
+    f"{len(jobs)} samples from step {run.step} ({run.which}) of {run.workdir}", file=sys.stderr, flush=True
+  )
+  trained_on = run.data.max_tokens or run.spec.tokens
+  pt, ph, pw = run.data.patch
+  for r in {job.request.prompt: job.request for job in jobs}.values():
+    tokens = -(-r.num_frames // pt) * (r.height // ph) * (r.width // pw)
+    if tokens > 2 * trained_on:
+      print(
+        f"note: {r.width}x{r.height}x{r.num_frames} is {tokens} tokens, the run was trained on at most "
+        f"{trained_on} a sample: this will be slow, and not good",
+        file=sys.stderr,
+        flush=True,
+      )
 
 
 def _jobs(run: TrainedRun, values: dict) -> list[Job]:

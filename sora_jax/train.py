@@ -26,6 +26,7 @@ from sora_jax.models.dit import DiTConfig
 from sora_jax.parallel import multihost
 from sora_jax.parallel.mesh import MeshConfig, local_rows, make_mesh
 from sora_jax.tasks import registry
+from sora_jax.training import checkpoint
 from sora_jax.training.hooks import Hook
 from sora_jax.training.loop import TrainConfig, fit
 from sora_jax.training.optimizer import OptimizerConfig
@@ -68,6 +69,10 @@ def main(argv: list[str]) -> int:
   registry.section(DiTConfig, config, "model")
   registry.section(SampleConfig, config, "sample")
   registry.section(ObjectiveConfig, config, "diffusion")
+  if data.rows % train.accumulate:
+    raise ValueError(
+      f"data.rows = {data.rows} does not split into train.accumulate = {train.accumulate} parts"
+    )
   mesh = make_mesh(registry.section(MeshConfig, config, "mesh"))
   say(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
 
@@ -78,6 +83,8 @@ def main(argv: list[str]) -> int:
   task = registry.build(config, batch_spec=spec, vocab_size=tokenizer.vocab_size)
   pipeline = Pipeline(source, data, spec, tokenizer)
   say(str(pipeline.report()))
+  resolved = json.loads(json.dumps(config.to_dict()))
+  checkpoint.check_config(workdir, resolved, IDENTITY)  # before anything of the workdir changes
   note_data(workdir, pipeline.fingerprint())
   held_out = None
   if data.num_eval or data.eval_fraction:
@@ -91,7 +98,7 @@ def main(argv: list[str]) -> int:
     # Read once, at the first evaluation.
     eval_batches=functools.cache(lambda: held_out.epoch_batches(rows)) if held_out else None,
     workdir=workdir,
-    resolved_config=json.loads(json.dumps(config.to_dict())),
+    resolved_config=resolved,
     identity=IDENTITY,
     hooks=grids(config, pipeline, held_out, tokenizer),
   )

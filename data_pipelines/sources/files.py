@@ -54,7 +54,9 @@ class FileSource:
     if not self._entries:
       counts = collections.Counter(reason.split(":")[0] for _, reason in self.rejects)
       reasons = ", ".join(f"{n} {reason}" for reason, n in counts.most_common())
-      raise ValueError(f"{name}: no sample can be used ({reasons})")
+      shown = "; ".join(f"{sample}: {reason}" for sample, reason in self.rejects[:3])
+      remedy = "; --config.data.allow_outside_root=True allows it" if counts["outside_root"] else ""
+      raise ValueError(f"{name}: no sample can be used ({reasons}), as {shown}{remedy}")
 
   def __len__(self) -> int:
     return len(self._entries)

@@ -88,6 +88,11 @@ class Checkpointer:
           logging.warning("checkpoint %d in %s is damaged (%s)", candidate, self.folder, reason)
         else:
           self._put_aside(candidate, reason)
+    if step is not None:
+      others = [s for s in self.steps() if s != step]
+      raise CheckpointError(f"checkpoint {step} in {self.folder} is damaged; the others are {others}")
+    if wanted and self.read_only:
+      raise CheckpointError(f"none of the checkpoints {wanted} in {self.folder} is sound")
     if wanted:
       raise CheckpointError(
         f"none of the checkpoints {wanted} in {self.folder} is sound; use another workdir (those are "

@@ -221,6 +221,7 @@ def batch_struct(task: Task) -> TokenBatch:
 def _compile(setup: Setup, config: TrainConfig, batch: TokenBatch, writer: metrics.Writer) -> Callable:
   """The train step for these shapes and shardings, and no other: a later mismatch fails loudly."""
   began = time.monotonic()
+  writer.say("compiling the step")
   step = step_lib.make_train_step(setup, batch=batch, accumulate=config.accumulate)
   compiled = step.lower(setup.abstract, batch).compile()
   memory = compiled.memory_analysis()
