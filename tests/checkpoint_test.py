@@ -111,6 +111,13 @@ def test_nothing_sound_is_an_error_and_nothing_at_all_is_none(saved, tmp_path_fa
   assert restore(tmp_path_factory.mktemp("empty"), setup) is None
 
 
+def test_a_damaged_step_asked_for_by_number_names_the_others(saved):
+  workdir, setup = saved
+  flip_bits(workdir, 3, "ema")
+  with pytest.raises(CheckpointError, match=r"checkpoint 3 .* is damaged; the others are \[1, 2\]"):
+    restore(workdir, setup, step=3)
+
+
 def test_a_checkpoint_of_another_model_is_not_damage(saved):
   workdir, setup = saved
   with pytest.raises(ValueError, match=r"does not fit this model.*was float32\[.*now float32\[") as error:

@@ -59,6 +59,8 @@ def bad_inputs(folder: Path) -> dict:
   train = (TRAIN, DEBUG, new)
   return {
     "unknown key": ((*train, "--config.model.colour=3"), "colour"),
+    "mistyped key": ((*train, "--config.train.num_step=3"), "config.train.num_step; did you mean num_steps"),
+    "accumulate": ((*train, "--config.train.accumulate=3"), "data.rows = 2 does not split"),
     "unknown flag": ((*train, "--colour=3"), "colour"),
     "wrong type": ((*train, "--config.model.width=wide"), "wide"),
     "wrong value": ((*train, "--config.diffusion.path=linear"), "diffusion.path='linear' is not one of"),
