@@ -23,8 +23,9 @@ ROW_AXES = ("replica", "fsdp")
 # Tensor first: heads that tensor parallelism has split already then move within a context group only.
 HEAD_AXES = ("tensor", "context")
 # Longest row, in tokens, that "auto" gives to the dense backend. On 2 CPU cores (6 heads of 64, fp32, forward
-# and backward) dense takes 0.73 of the time of chunked at 128 tokens, 1.0 at 256 and 3 at 1,024: its scores
-# leave the cache. Elsewhere chunked walks blocks in sequence, which starves a wide device; not measured yet.
+# and backward) dense takes 0.7 of the time of chunked at 128 tokens, 1.0 to 1.3 at 256 and, with four samples
+# a row, 3 at 1,024: its scores leave the cache. Elsewhere chunked walks blocks in sequence, which starves a
+# wide device; not measured yet.
 DENSE_UP_TO = {"cpu": 192}
 DENSE_UP_TO_ELSEWHERE = 1024
 
