@@ -64,7 +64,6 @@ def get_config(preset: str = "") -> ml_collections.ConfigDict:
     # Natural textures do not pass through so narrow a neck as flat shapes.
     config.model.patch_bottleneck = 96
     config.diffusion.shift = 3.0
-    config.sample.guidance_scale = 1.5
     config.sample.num_samples = 10
     config.sample.num_seen = 5
     config.optimizer.lr = 4e-3

@@ -9,7 +9,7 @@ import numpy as np
 
 from data_pipelines.config import DataConfig
 from data_pipelines.sources.base import SampleInfo, Source, UnreadableError
-from sora_jax.packing.geometry import ClipSpec, Grid, grid_of, pad_frames, patchify
+from sora_jax.packing.geometry import ClipSpec, Grid, grid_of, pad_frames, patchify, to_float
 from sora_jax.packing.pack import PackedSample, pack_row
 from sora_jax.packing.plan import PlannedRow, uniform
 from sora_jax.types import BatchSpec, TokenBatch
@@ -82,7 +82,7 @@ class RowLoader:
         self.failed[info.name] = str(e)
         logging.warning("%s: %s cannot be read, padding instead: %s", self.source.name, info.name, e)
       return None
-    tokens = patchify(pad_frames(clip, patch[0]), patch).astype(np.float32) / 127.5 - 1.0
+    tokens = to_float(patchify(pad_frames(clip, patch[0]), patch))
     grid = grid_of(spec, patch)
     return PackedSample(
       tokens_LC=tokens,

@@ -57,17 +57,8 @@ class Pipeline:
       raise ValueError(f"{source.name}: the {split} split has no sample (data.num_eval, data.eval_fraction)")
     self._ids = np.fromiter(self.infos, np.int64)
     self.lengths = np.array([num_tokens(self.specs[i], config.patch) for i in self._ids], np.int64)
-    self.plan = RowPlan(
-      self.lengths,
-      rows_per_step=spec.rows,
-      row_tokens=spec.tokens,
-      max_samples=spec.samples,
-      seed=config.seed,
-      method=config.packing,
-      window=config.packing_window,
-      cost=config.packing_cost,
-      names=[info.name for info in self.infos.values()],
-    )
+    names = [info.name for info in self.infos.values()]
+    self.plan = sizes.plan_rows(self.lengths, config, spec, names)
     self.loader = RowLoader(source, self.infos, self.specs, config, spec, tokenize, is_train=split != "eval")
 
   def __len__(self) -> int:

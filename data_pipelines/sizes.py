@@ -57,11 +57,11 @@ def lower_max_tokens(infos: Sequence[SampleInfo], config: DataConfig, spec: Batc
   return best
 
 
-def _padding(specs: dict[int, ClipSpec], config: DataConfig, spec: BatchSpec) -> float:
-  lengths = [num_tokens(s, config.patch) for s in specs.values()]
-  if not lengths:
-    return np.inf
-  plan = RowPlan(
+def plan_rows(
+  lengths: Sequence[int] | np.ndarray, config: DataConfig, spec: BatchSpec, names: Sequence[str] | None = None
+) -> RowPlan:
+  """The rows that samples of these lengths are packed into."""
+  return RowPlan(
     lengths,
     rows_per_step=spec.rows,
     row_tokens=spec.tokens,
@@ -70,5 +70,12 @@ def _padding(specs: dict[int, ClipSpec], config: DataConfig, spec: BatchSpec) ->
     method=config.packing,
     window=config.packing_window,
     cost=config.packing_cost,
+    names=names,
   )
-  return plan.stats(methods=(config.packing,))[config.packing]["padding"]
+
+
+def _padding(specs: dict[int, ClipSpec], config: DataConfig, spec: BatchSpec) -> float:
+  lengths = [num_tokens(s, config.patch) for s in specs.values()]
+  if not lengths:
+    return np.inf
+  return plan_rows(lengths, config, spec).stats(methods=(config.packing,))[config.packing]["padding"]

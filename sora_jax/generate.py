@@ -26,7 +26,6 @@ from sora_jax.tasks import text_to_video
 from sora_jax.types import Array, BatchSpec, TokenBatch
 
 TEXT_MULTIPLE = 32  # text tokens of a row are rounded up to this, so that few programs are compiled
-WHITE = 127.5  # uint8 pixel = (token + 1) * WHITE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +102,7 @@ def check(request: Request, patch: Patch) -> None:
 
 def generate(model: nnx.Module, requests: Sequence[Request], **kwargs) -> list[np.ndarray]:
   """uint8 (T, H, W, 3) of every request, in order; keywords as of `generate_float`."""
-  return [to_uint8(video) for video in generate_float(model, requests, **kwargs)]
+  return [geometry.to_uint8(video) for video in generate_float(model, requests, **kwargs)]
 
 
 def generate_float(
@@ -165,14 +164,6 @@ def generate_float(
   return videos
 
 
-def to_tokens(video_THWC: np.ndarray) -> np.ndarray:
-  return video_THWC.astype(np.float32) / WHITE - 1.0
-
-
-def to_uint8(video_THWC: np.ndarray) -> np.ndarray:
-  return np.round((np.clip(video_THWC, -1.0, 1.0) + 1.0) * WHITE).astype(np.uint8)
-
-
 def _nearest(value: int, unit: int) -> str:
   """The multiples of `unit` on both sides, as many as there are."""
   low = max(value, 0) // unit * unit
@@ -192,7 +183,7 @@ def _pack_sample(request: Request, tokenize: Callable[[str], list[int]], patch: 
     frames = geometry.pad_frames(
       request.prompt_frames[: _num_given(len(request.prompt_frames), patch[0])], patch[0]
     )
-    given = geometry.patchify(to_tokens(frames), patch)
+    given = geometry.patchify(geometry.to_float(frames), patch)
     tokens_LC[: len(given)], given_L[: len(given)] = given, True
   return PackedSample(
     tokens_LC=tokens_LC,

@@ -17,7 +17,7 @@ from absl import flags
 from data_pipelines import video_io
 from sora_jax import __version__, cli, plots, prompts, trained
 from sora_jax.generate import Request, SampleConfig, check
-from sora_jax.packing.geometry import fit_size
+from sora_jax.packing.geometry import ClipSpec, fit_size, num_tokens
 from sora_jax.trained import TrainedRun
 
 FLAGS = flags.FLAGS
@@ -93,9 +93,8 @@ def _announce(run: TrainedRun, jobs: list[Job]) -> None:
     f"{len(jobs)} samples from step {run.step} ({run.which}) of {run.workdir}", file=sys.stderr, flush=True
   )
   trained_on = run.data.max_tokens or run.spec.tokens
-  pt, ph, pw = run.data.patch
   for r in {job.request.prompt: job.request for job in jobs}.values():
-    tokens = -(-r.num_frames // pt) * (r.height // ph) * (r.width // pw)
+    tokens = num_tokens(ClipSpec(r.num_frames, r.height, r.width), run.data.patch)
     if tokens > 2 * trained_on:
       print(
         f"note: {r.width}x{r.height}x{r.num_frames} is {tokens} tokens, the run was trained on at most "

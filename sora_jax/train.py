@@ -26,13 +26,13 @@ from sora_jax.models.dit import DiTConfig
 from sora_jax.parallel import multihost
 from sora_jax.parallel.mesh import MeshConfig, local_rows, make_mesh
 from sora_jax.tasks import registry
+from sora_jax.trained import TOKENIZER
 from sora_jax.training import checkpoint
 from sora_jax.training.hooks import Hook
 from sora_jax.training.loop import TrainConfig, fit
 from sora_jax.training.optimizer import OptimizerConfig
 
 FLAGS = flags.FLAGS
-TOKENIZER = "tokenizer.json"
 DATA = "data_fingerprint.txt"
 SECTIONS = {
   "model", "text", "diffusion", "data", "optimizer", "mesh", "train", "sample", "task", "seed",

@@ -8,6 +8,7 @@ import numpy as np
 from einops import rearrange
 
 Patch = tuple[int, int, int]  # (frames, height, width) of one patch
+WHITE = 127.5  # uint8 pixel = (value + 1) * WHITE
 Grid = tuple[int, int, int]  # (T, H, W) in patches
 
 
@@ -51,6 +52,16 @@ def pad_frames(video_THWC: np.ndarray, temporal_patch: int) -> np.ndarray:
   if not missing:
     return video_THWC
   return np.concatenate([video_THWC, np.repeat(video_THWC[-1:], missing, axis=0)])
+
+
+def to_float(pixels: np.ndarray) -> np.ndarray:
+  """uint8 pixels as the float32 in [-1, 1] that networks see."""
+  return pixels.astype(np.float32) / WHITE - 1.0
+
+
+def to_uint8(values: np.ndarray) -> np.ndarray:
+  """Inverse of `to_float`; what lies outside [-1, 1] is clipped."""
+  return np.round((np.clip(values, -1.0, 1.0) + 1.0) * WHITE).astype(np.uint8)
 
 
 def grid_of(spec: ClipSpec, patch: Patch) -> Grid:
