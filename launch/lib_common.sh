@@ -1,0 +1,217 @@
+# shellcheck shell=bash disable=SC2034
+# Sourced by the launch scripts of the machine that starts a run: saying, quoting, dry runs, options, the code
+# at its commit, and what an exit code means. Runs on bash 3.2 as well (macOS).
+
+CODE_ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+DRY_RUN="${DRY_RUN:-}"
+
+say() {
+  echo "[launch] $*" >&2
+}
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+# One word of a command as it can be pasted into a shell.
+quote() {
+  case "$1" in
+    '') printf "''" ;;
+    *[!A-Za-z0-9_./:=,@%+-]*)
+      case "$1" in
+        *[[:cntrl:]]*) printf '%q' "$1" ;;
+        *) printf "'%s'" "${1//\'/\'\\\'\'}" ;;
+      esac
+      ;;
+    *) printf '%s' "$1" ;;
+  esac
+}
+
+quoted() {
+  local word first=1
+  for word in "$@"; do
+    ((first)) || printf ' '
+    first=0
+    quote "$word"
+  done
+}
+
+show() {
+  quoted "$@"
+  printf '\n'
+}
+
+# Runs a command; a dry run prints it instead, one line each.
+act() {
+  if [[ -n "$DRY_RUN" ]]; then
+    show "$@"
+  else
+    "$@"
+  fi
+}
+
+# A command whose answer is wanted: $ANSWER, $PROBLEM and the exit code. A dry run prints it; the answer is empty.
+ask() {
+  ANSWER="" PROBLEM=""
+  if [[ -n "$DRY_RUN" ]]; then
+    show "$@"
+    return 0
+  fi
+  local code=0
+  ANSWER="$("$@" 2>"$SCRATCH/problem")" || code=$?
+  PROBLEM="$(cat "$SCRATCH/problem")"
+  return "$code"
+}
+
+write_lines() {
+  local path="$1"
+  shift
+  if [[ -n "$DRY_RUN" ]]; then
+    printf 'printf '
+    quote '%s\n'
+    printf ' '
+    quoted "$@"
+    printf ' > '
+    quote "$path"
+    printf '\n'
+  else
+    printf '%s\n' "$@" >"$path"
+  fi
+}
+
+make_scratch() {
+  if [[ -n "$DRY_RUN" ]]; then
+    SCRATCH="${TMPDIR:-/tmp}"
+  else
+    SCRATCH="$(mktemp -d)"
+    trap 'rm -rf -- "$SCRATCH"' EXIT
+  fi
+}
+
+usage_of() {
+  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$1"
+}
+
+# --- options ---
+
+need() { # option value
+  [[ -n "$2" ]] || fail "$1 is needed; --help shows all options"
+}
+
+check_form() { # option value pattern what
+  [[ "$2" =~ ^$3$ ]] || fail "$1=$2 is not $4"
+}
+
+check_count() {
+  check_form "$1" "$2" '[1-9][0-9]{0,5}' "a whole number above 0"
+}
+
+check_name() {
+  check_form "$1" "$2" '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' \
+    "a name: small letters, digits and -, first a letter, at most 40"
+}
+
+check_run_id() {
+  check_form "$1" "$2" '[A-Za-z0-9][A-Za-z0-9._-]{0,62}' "a run id: letters, digits, . _ -, at most 63"
+}
+
+check_config() {
+  need --config "$1"
+  local file="${1%%:*}"
+  case "$file" in
+    /* | *..*) fail "--config=$1: name a file of the repository, as configs/quickstart.py" ;;
+  esac
+  # What is copied is the commit, so the file must be part of it.
+  [[ -f "$CODE_ROOT/$file" ]] || fail "--config=$1: there is no $file in $CODE_ROOT"
+}
+
+# v5p:4x4x4 -> GENERATION=v5p DIMS=4x4x4 CHIPS=64
+parse_topology() {
+  check_form --topology "$1" '(v4|v5e|v5p|v6e|tpu7x):[0-9]+x[0-9]+(x[0-9]+)?' \
+    "a topology, as v5p:4x4x4 or v6e:8x8 (v4, v5e, v5p, v6e, tpu7x)"
+  GENERATION="${1%%:*}" DIMS="${1#*:}"
+  CHIPS=1
+  local dim
+  for dim in ${DIMS//x/ }; do
+    CHIPS=$((CHIPS * 10#$dim))
+  done
+  ((CHIPS)) || fail "--topology=$1 has no chips"
+}
+
+# --- the code at its commit ---
+
+# Sets COMMIT (a label) and TREE (what to archive). Only what git knows is copied, so a dirty tree would run
+# something else than what lies on the disk.
+find_commit() { # allow_dirty
+  local head dirty stash
+  head="$(git -C "$CODE_ROOT" rev-parse --verify HEAD 2>/dev/null)" ||
+    fail "$CODE_ROOT is not a git checkout; the code is copied at its commit"
+  COMMIT="$head" TREE="$head"
+  dirty="$(git -C "$CODE_ROOT" status --porcelain)"
+  [[ -n "$dirty" ]] || return 0
+  if [[ -z "$1" ]]; then
+    fail "files are not committed ($(echo "$dirty" | head -n 3 | sed 's/^...//' | paste -s -d ' ' -)...); commit" \
+      "them, or say --allow_dirty to send changed files as they are (new files stay behind)"
+  fi
+  stash="$(git -C "$CODE_ROOT" stash create)"
+  COMMIT="$head-dirty" TREE="${stash:-$head}"
+}
+
+# --- exit codes ---
+
+# done, restart or stop. 42 stopped and saved, 43 hang, 44 diverged or damaged, 127 and above: killed or aborted.
+meaning_of() {
+  case "$1" in
+    0) echo 'done' ;;
+    42 | 43 | 12[7-9] | 1[3-9][0-9] | 2[0-9][0-9]) echo restart ;;
+    *) echo stop ;;
+  esac
+}
+
+words_of() {
+  case "$1" in
+    0) echo "done" ;;
+    1) echo "a fault of the program" ;;
+    2) echo "a mistake in what was asked" ;;
+    42) echo "stopped from outside, saved" ;;
+    43) echo "hung, ended by the watchdog" ;;
+    44) echo "diverged, or its checkpoints are damaged" ;;
+    134) echo "aborted (a peer was lost, or the runtime failed)" ;;
+    137) echo "killed" ;;
+    *) echo "exit code $1" ;;
+  esac
+}
+
+# Reads lines "ended_epoch code who"; sets CODE and WHO to the end that decides: the earliest, since peers of a lost
+# process end later and with other codes. Of ends within 5 s, the gravest: stop, then restart, then done.
+decide() {
+  local ended code who first="" grade best=-1 rest=""
+  CODE=0 WHO=""
+  while read -r ended code who; do
+    [[ -n "$ended" ]] || continue
+    rest+="$ended $code $who"$'\n'
+    if [[ -z "$first" ]] || ((ended < first)); then first="$ended"; fi
+  done
+  while read -r ended code who; do
+    if [[ -z "$ended" ]] || ((ended > first + 5)); then continue; fi
+    case "$(meaning_of "$code")" in
+      stop) grade=2 ;;
+      restart) grade=1 ;;
+      *) grade=0 ;;
+    esac
+    if ((grade > best)); then
+      best="$grade" CODE="$code" WHO="$who"
+    fi
+  done <<<"$rest"
+}
+
+# Seconds to wait before the nth restart: doubles from $BACKOFF_S, at most 5 minutes.
+backoff() {
+  local wait="$BACKOFF_S" i
+  for ((i = 1; i < $1; i++)); do
+    wait=$((wait * 2))
+    ((wait < 300)) || break
+  done
+  echo $((wait < 300 ? wait : 300))
+}
