@@ -188,7 +188,7 @@ words_of() {
 decide() {
   local ended code who first="" grade best=-1 rest=""
   CODE=0 WHO=""
-  while read -r ended code who; do
+  while read -r ended code who || [[ -n "$ended" ]]; do
     [[ -n "$ended" ]] || continue
     rest+="$ended $code $who"$'\n'
     if [[ -z "$first" ]] || ((ended < first)); then first="$ended"; fi

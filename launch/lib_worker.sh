@@ -7,6 +7,7 @@
 #   follow RUN_ID N OFFSET what was added to the log since
 #   last RUN_ID HOST LINES the end of the log, on HOST alone
 #   pack RUN_ID            all logs, as a base64 tar between two marks
+#   install EXTRA          the environment alone: none, tpu or cuda12
 #   task FOLDER, pod       one process of SLURM, of Kubernetes: trains in the foreground
 set -euo pipefail
 
@@ -57,7 +58,8 @@ ensure_python() {
 }
 
 # The pins are those of the CPU; jax's own extra adds the accelerator at the same version.
-install_accelerator() { # tpu, cuda12
+install_accelerator() { # none, tpu, cuda12
+  [[ "$1" != none ]] || return 0
   local version wanted
   version="$("$PYTHON" -c 'from importlib.metadata import version; print(version("jax"))')"
   wanted="jax[$1]==$version"
@@ -202,14 +204,16 @@ is_alive() { # folder: the process is there and is ours, not one that got its nu
 
 do_status() {
   load_run "$1"
-  local attempt folder state=none code=- ended=-
+  local attempt folder alive="" state=none code=- ended=-
   attempt="$(newest_attempt)"
   folder="$(attempt_folder "$attempt")"
   if ((attempt)); then
+    # In this order: the code is written before the supervisor ends.
+    if is_alive "$folder"; then alive=1; fi
     if [[ -e "$folder/exit_code" ]]; then
       state=ended
       read -r code ended <"$folder/exit_code"
-    elif is_alive "$folder"; then
+    elif [[ -n "$alive" ]]; then
       state=running
     else # killed with its supervisor, or the machine was started anew
       state=ended code=137 ended="$(date -r "$folder/train.log" +%s 2>/dev/null || date +%s)"
@@ -257,6 +261,10 @@ do_pack() {
   echo "SORA_JAX_LOGS_END $HOST"
 }
 
+do_install() {
+  prepare "$1"
+}
+
 # One task of srun. FOLDER is on the shared disk; its run.env says what to train.
 do_task() {
   # shellcheck source=/dev/null
@@ -283,6 +291,6 @@ do_pod() {
 command="${1:-}"
 shift || true
 case "$command" in
-  setup | start | supervise | status | stop | follow | last | pack | task | pod) "do_$command" "$@" ;;
+  setup | install | start | supervise | status | stop | follow | last | pack | task | pod) "do_$command" "$@" ;;
   *) problem "unknown command '$command' of lib_worker.sh" ;;
 esac

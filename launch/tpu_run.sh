@@ -245,9 +245,14 @@ finish() { # code
 }
 
 detach() {
+  exec 2>&3 # not that of the command which was interrupted
   say "detached; the run goes on. Attach again: $COMMAND_LINE"
   say "end it and delete the machines: the same with --teardown"
   exit 130
+}
+
+show_output() {
+  [[ -z "$FAILED_NODE" ]] || cat "$SCRATCH/out.$FAILED_NODE" "$SCRATCH/err.$FAILED_NODE" >&2
 }
 
 attach_or_start() {
@@ -260,12 +265,12 @@ attach_or_start() {
     fi
   fi
   if ! send_code; then
-    [[ -z "$FAILED_NODE" ]] || cat "$SCRATCH/err.$FAILED_NODE" >&2
+    show_output
     if is_lost; then return 1; fi
     fail "${NODES[${FAILED_NODE:-0}]} could not be set up (above)"
   fi
   if ! start_attempt; then
-    cat "$SCRATCH/err.$FAILED_NODE" >&2
+    show_output
     if is_lost; then return 1; fi
     stop_all
     fail "training did not start on all workers (above)"
@@ -310,5 +315,6 @@ if [[ -n "$TEARDOWN" ]]; then
   remove
   exit
 fi
+exec 3>&2
 trap detach INT TERM HUP
 main

@@ -1,0 +1,1 @@
+"""Programs that stand in for gcloud, SLURM, Kubernetes and an installed Python: they record and keep state."""
