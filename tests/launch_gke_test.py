@@ -1,4 +1,4 @@
-"""launch/gke_run.sh: the JobSet it renders, run by a kubectl that follows the manifest's own rules; XPK; the image."""
+"""launch/gke_run.sh: its JobSet, run by a kubectl that follows the manifest's own rules; XPK; the image."""
 
 import re
 import shlex

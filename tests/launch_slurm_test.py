@@ -1,4 +1,4 @@
-"""launch/slurm_run.sh: what it would submit, and jobs that run, save, requeue and stop against a recording SLURM."""
+"""launch/slurm_run.sh: what it would submit, and jobs that run, save, requeue and stop on a recording SLURM."""
 
 import os
 import shlex
@@ -51,8 +51,8 @@ def test_dry_run(box):
   assert [line[0] for line in lines] == ["mkdir", "git", "tar", "ln", "env", "printf", "sbatch"]
   assert lines[4][-2:] == ["install", "cuda12"]
   wanted = {
-    "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--requeue", "--signal=TERM@120", "--time=24:00:00",
-    "--partition=big", "--qos=x y", "--job-name=r",
+    "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--requeue", "--signal=TERM@120",
+    "--time=24:00:00", "--partition=big", "--qos=x y", "--job-name=r",
   }  # fmt: skip
   assert wanted < set(lines[-1])
 

@@ -1,4 +1,4 @@
-"""launch/tpu_run.sh against a gcloud that records and keeps state; what it runs on workers runs for real, in folders."""
+"""launch/tpu_run.sh against a gcloud that keeps state; what it has workers do is done for real, in folders."""
 
 import re
 import shlex
@@ -46,8 +46,8 @@ def test_dry_run_prints_every_command_and_runs_none(box):
   lines = commands(done)
   assert not box.calls("gcloud")
   assert [tpu(line) for line in lines] == [
-    "tpu-vm describe", "tpu-vm create", "git", "printf", "tpu-vm scp", "tpu-vm ssh", "tpu-vm ssh", "tpu-vm ssh",
-    "tpu-vm ssh", "bash", "tpu-vm delete",
+    "tpu-vm describe", "tpu-vm create", "git", "printf", "tpu-vm scp", "tpu-vm ssh", "tpu-vm ssh",
+    "tpu-vm ssh", "tpu-vm ssh", "bash", "tpu-vm delete",
   ]  # fmt: skip
   create = lines[1]
   assert {"--spot", "--type=v5p", "--topology=2x2x2", "--version=v2-alpha-tpuv5"} < set(create)

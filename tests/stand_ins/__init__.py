@@ -1,1 +1,1 @@
-"""Programs that stand in for gcloud, SLURM, Kubernetes and an installed Python: they record and keep state."""
+"""Programs in the place of gcloud, SLURM, Kubernetes and an installed Python: they record and keep state."""

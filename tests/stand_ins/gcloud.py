@@ -1,4 +1,4 @@
-"""gcloud compute tpus: nodes and queued resources are files, a worker is a folder, ssh runs the command there."""
+"""gcloud compute tpus: nodes and queued resources are files, a worker is a folder where ssh runs commands."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""kubectl applies a JobSet by running its pods here, and starts them again as the manifest itself says; xpk, docker."""
+"""kubectl runs the pods of a JobSet here, and again where the manifest itself says so; xpk and docker."""
 
 import json
 import os

@@ -13,7 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = {
   "gcloud": "gcloud", "python3.12": "python", "sbatch": "slurm", "srun": "slurm", "scontrol": "slurm",
-  "kubectl": "kubernetes", "xpk": "kubernetes", "docker": "kubernetes", "gcsfuse": "buckets", "mountpoint": "buckets",
+  "kubectl": "kubernetes", "xpk": "kubernetes", "docker": "kubernetes",
+  "gcsfuse": "buckets", "mountpoint": "buckets",
 }  # fmt: skip
 FAST = {
   "SORA_JAX_POLL_S": "0.1", "SORA_JAX_BACKOFF_S": "0", "SORA_JAX_GRACE_S": "1", "SORA_JAX_STOP_S": "5",
@@ -54,7 +55,7 @@ class Sandbox:
   def run(self, script: str, *args: str, **env: str) -> subprocess.CompletedProcess:
     command = ["bash", str(self.repository / "launch" / script), *args]
     return subprocess.run(
-      command, capture_output=True, text=True, env=self.env(**env), timeout=60, cwd=self.state
+      command, capture_output=True, text=True, env=self.env(**env), timeout=120, cwd=self.state
     )
 
   def start(self, script: str, *args: str) -> subprocess.Popen:

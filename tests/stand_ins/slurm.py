@@ -1,4 +1,4 @@
-"""sbatch runs the script at once, srun its tasks, `scontrol requeue` makes sbatch run the script once more."""
+"""sbatch runs the script at once, srun its tasks, `scontrol requeue` has sbatch run the script once more."""
 
 import os
 import shutil
