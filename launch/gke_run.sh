@@ -81,7 +81,6 @@ check() {
   parse_topology "$TOPOLOGY"
   # https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus
   case "$GENERATION" in
-    v4) ACCELERATOR=tpu-v4-podslice ;;
     v5e) ACCELERATOR=tpu-v5-lite-podslice ;;
     v5p) ACCELERATOR=tpu-v5p-slice ;;
     v6e) ACCELERATOR=tpu-v6e-slice ;;
@@ -111,13 +110,12 @@ check() {
 
 # --- rendering ---
 
-json() { # a string as JSON, which YAML takes as well
-  local text="${1//\\/\\\\}"
-  text="${text//\"/\\\"}"
-  text="${text//$'\n'/\\n}"
-  text="${text//$'\t'/\\t}"
-  text="${text//\$(/\$\$(}" # Kubernetes would put a variable in the place of $(NAME)
-  printf '"%s"' "$text"
+json() { # a string as JSON, which YAML takes as well; Kubernetes would put a variable in the place of $(NAME)
+  printf '"'
+  # shellcheck disable=SC2016
+  printf '%s' "$1" | sed -e 's/\\/\\\\/g' -e 's/"/\\"/g' -e 's/\$(/$$(/g' |
+    awk 'NR > 1 { printf "\\n" } { printf "%s", $0 }'
+  printf '"'
 }
 
 json_list() {
@@ -238,10 +236,10 @@ apply_jobset() {
 }
 
 create_workload() {
-  local type flags=("$WORKDIR" ${TRAIN_FLAGS[@]+"${TRAIN_FLAGS[@]}"}) command bucket
-  # Type names count cores for v4 and v5p, chips for the others.
+  local type command bucket
+  # Type names count cores for v5p, chips for v5e and v6e.
   case "$GENERATION" in
-    v4 | v5p) type="$GENERATION-$((CHIPS * 2))" ;;
+    v5p) type="v5p-$((CHIPS * 2))" ;;
     v5e) type="v5litepod-$CHIPS" ;;
     tpu7x) type="tpu7x-$DIMS" ;;
     *) type="$GENERATION-$CHIPS" ;;
@@ -251,7 +249,7 @@ create_workload() {
   done
   command="SORA_JAX_RUN_ID=$NAME SORA_JAX_GENERATION=$GENERATION SORA_JAX_BUCKETS=/buckets"
   command+=" SORA_JAX_CONFIG=$(quote "$CONFIG") SORA_JAX_WORKDIR=$(quote "$WORKDIR")"
-  command+=" bash launch/lib_worker.sh pod $(quoted "${flags[@]:1}")"
+  command+=" bash launch/lib_worker.sh pod $(quoted ${TRAIN_FLAGS[@]+"${TRAIN_FLAGS[@]}"})"
   local spot=()
   [[ -z "$SPOT" ]] || spot=(--spot)
   # XPK restarts on 42 and 127-255 by itself; 43 is told.

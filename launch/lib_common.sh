@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034
 # Sourced by the launch scripts of the machine that starts a run: saying, quoting, dry runs, options, the code
-# at its commit, and what an exit code means. Runs on bash 3.2 as well (macOS).
+# at its commit, and what an exit code means. Nothing here needs a bash later than 3.2 (macOS); tested with 5.2.
 
 CODE_ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 DRY_RUN="${DRY_RUN:-}"
@@ -21,7 +21,8 @@ quote() {
     *[!A-Za-z0-9_./:=,@%+-]*)
       case "$1" in
         *[[:cntrl:]]*) printf '%q' "$1" ;;
-        *) printf "'%s'" "${1//\'/\'\\\'\'}" ;;
+        *\'*) printf "'%s'" "$(printf '%s' "$1" | sed "s/'/'\\\\''/g")" ;;
+        *) printf "'%s'" "$1" ;;
       esac
       ;;
     *) printf '%s' "$1" ;;
@@ -128,8 +129,8 @@ check_config() {
 
 # v5p:4x4x4 -> GENERATION=v5p DIMS=4x4x4 CHIPS=64
 parse_topology() {
-  check_form --topology "$1" '(v4|v5e|v5p|v6e|tpu7x):[0-9]+x[0-9]+(x[0-9]+)?' \
-    "a topology, as v5p:4x4x4 or v6e:8x8 (v4, v5e, v5p, v6e, tpu7x)"
+  check_form --topology "$1" '(v5e|v5p|v6e|tpu7x):[0-9]+x[0-9]+(x[0-9]+)?' \
+    "a topology, as v5p:4x4x4 or v6e:8x8 (v5e, v5p, v6e, tpu7x)"
   GENERATION="${1%%:*}" DIMS="${1#*:}"
   CHIPS=1
   local dim

@@ -89,7 +89,7 @@ check() {
     parse_topology "$TOPOLOGY"
   else
     need "--topology or --accelerator" "$ACCELERATOR"
-    check_form --accelerator "$ACCELERATOR" '(v4|v5litepod|v5p|v6e)-[0-9]+' "an accelerator type, as v5p-128"
+    check_form --accelerator "$ACCELERATOR" '(v5litepod|v5p|v6e)-[0-9]+' "an accelerator type, as v5p-128"
     GENERATION="${ACCELERATOR%-*}" DIMS=""
     GENERATION="${GENERATION/v5litepod/v5e}"
   fi
@@ -98,7 +98,6 @@ check() {
   ((NUM_SLICES == 1)) || WANTED+=", $NUM_SLICES slices"
   # https://cloud.google.com/tpu/docs/runtimes
   case "$GENERATION" in
-    v4) RUNTIME="${RUNTIME:-tpu-ubuntu2204-base}" ;;
     v5e) RUNTIME="${RUNTIME:-v2-alpha-tpuv5-lite}" ;;
     v5p) RUNTIME="${RUNTIME:-v2-alpha-tpuv5}" ;;
     v6e) RUNTIME="${RUNTIME:-v2-alpha-tpuv6e}" ;;

@@ -50,6 +50,8 @@ def test_the_jobset_of_a_topology(box, topology, accelerator, dims, hosts):
   (job,) = manifest["spec"]["replicatedJobs"]
   pod = job["template"]["spec"]["template"]["spec"]
   assert job["replicas"] == 2
+  (rule,) = job["template"]["spec"]["podFailurePolicy"]["rules"]
+  assert rule["onExitCodes"]["values"] == [42, 43, *range(127, 256)]
   assert job["template"]["spec"]["completions"] == job["template"]["spec"]["parallelism"] == hosts
   assert pod["nodeSelector"] == {
     "cloud.google.com/gke-tpu-accelerator": accelerator,

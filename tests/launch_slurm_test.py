@@ -1,4 +1,4 @@
-"""launch/slurm_run.sh: what it would submit, and jobs that run, save, requeue and stop on a recording SLURM."""
+"""launch/slurm_run.sh: what it would submit, and jobs that run, save, requeue, stop on a recording SLURM."""
 
 import os
 import shlex

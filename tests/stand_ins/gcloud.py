@@ -106,11 +106,14 @@ def ssh(node: str, flags: dict) -> None:
     running.append(
       subprocess.Popen(
         ["bash", "-c", flags["command"]], cwd=home(node, worker), env=env, text=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
       )
     )  # fmt: skip
   for worker, process in enumerate(running):
     out, problems = process.communicate()
+    # The connection ends, and all that is of it.
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(process.pid, signal.SIGKILL)
     print(problems, end="", file=sys.stderr)
     if folder := flags.get("output-directory"):
       Path(folder, f"{worker}.log").write_text("SSH: attempting to connect\n" + out)

@@ -13,7 +13,7 @@ ENV = ("SORA_JAX_COMMIT", "SORA_JAX_RUN_ID", "SORA_JAX_DISTRIBUTED", "LIBTPU_INI
 
 
 def train(argv: list[str]) -> int:
-  """Keeps in the workdir how far it came. Ends: a code, "preempt" (its machine goes), "wait" (for SIGTERM)."""
+  """Keeps in the workdir how far it came. Ends: a code, "preempt" (its VM goes), "wait" (for SIGTERM)."""
   host = os.environ.get("SORA_JAX_HOST", "pod") + os.environ.get("SLURM_PROCID", "")
   before = count(f"trainer_{host}")
   workdir = Path(options(argv)[1]["workdir"])
