@@ -136,7 +136,7 @@ def our_step(spec: BatchSpec) -> tuple[Callable[[], object], float]:
       held["state"], scalars = step(held["state"], batch)
     return scalars
 
-  return run, task.flops_fn(jax.tree.map(np.asarray, batch))
+  return run, float(np.sum(task.flops_fn(jax.tree.map(np.asarray, batch))))
 
 
 def plain_step(spec: BatchSpec) -> tuple[Callable[[], object], float]:

@@ -130,17 +130,18 @@ def count_live_in_line(q_segment_T: Array, k_segment_T: Array, block_q: int, blo
   return jnp.maximum(_range(live)[1].sum(dtype=jnp.int32), _range(live.T)[1].sum(dtype=jnp.int32))
 
 
-def count_live(segment_BL: np.ndarray, block_q: int, block_k: int) -> tuple[int, int]:
-  """(live tiles, all tiles) of self-attention, row by row, on the host."""
-  segment_BL = np.asarray(segment_BL)
-  length = segment_BL.shape[1]
-  block_q, block_k = (min(block, length) for block in (block_q, block_k))
+def count_live(
+  segment_BL: np.ndarray, block_q: int, block_k: int, k_segment_BM: np.ndarray | None = None
+) -> tuple[int, int]:
+  """(live tiles, all tiles) row by row, on the host; of self-attention unless keys are given."""
+  q, k = segment_BL, segment_BL if k_segment_BM is None else k_segment_BM
 
-  def intervals(block):
-    padded = np.pad(segment_BL, ((0, 0), (0, -length % block)), constant_values=PADDING)
+  def intervals(segment, block):
+    block = min(block, segment.shape[1])
+    padded = np.pad(segment, ((0, 0), (0, -segment.shape[1] % block)), constant_values=PADDING)
     return _intervals(padded, block, np)
 
-  live = _live(intervals(block_q), intervals(block_k))
+  live = _live(intervals(np.asarray(q), block_q), intervals(np.asarray(k), block_k))
   return int(live.sum()), live.size
 
 
