@@ -1,8 +1,8 @@
 """Counted FLOPs of a training step: tiles without a live pair skipped, against a dense step with a mask.
 
-Nothing is run. Rows are packed by the planner that training uses, and tiles are those of the TPU kernels. Both
-sides do the same matrix products over all places of a row, padding included, and the same attention kernels,
-9 products a tile (2 forward, 3 for dq, 4 for dk and dv); the dense side does them for every tile.
+Nothing is run. Rows are packed by the planner that training uses, and tiles are those of the TPU kernels.
+Both sides do the same matrix products over all places of a row, padding included, and the same attention
+kernels, 9 products a tile (2 forward, 3 for dq, 4 for dk and dv); the dense side does them for every tile.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ MODELS = {
 }
 ROW_TOKENS = (65536, 131072, 262144)
 CHANNELS, TEXT_DIM, CAPTION = 64, 4096, 128  # of a patch, of a text feature; text tokens of a sample
-NUM_SAMPLES, ROWS_PER_STEP = 8192, 64
+NUM_SAMPLES, ROWS_PER_STEP, STEPS = 8192, 64, 4
 PRODUCTS_FORWARD, PRODUCTS = 2, 9
 
 
@@ -101,8 +101,8 @@ def count(config: DiTConfig, rows: list[np.ndarray], row_tokens: int, blocks) ->
   return {**sides, "live_share": live / tiles}
 
 
-def packed_rows(lengths: np.ndarray, row_tokens: int, width: int) -> list[np.ndarray]:
-  """One step of rows; their costs are 28 d^2 sum(l) + 4 d sum(l^2) a layer, which the planner evens out."""
+def packed_rows(lengths: np.ndarray, row_tokens: int, width: int) -> list[list[np.ndarray]]:
+  """Rows of some steps; their costs are 28 d^2 sum(l) + 4 d sum(l^2) a layer, which the planner evens out."""
   plan = RowPlan(
     lengths,
     rows_per_step=ROWS_PER_STEP,
@@ -111,7 +111,7 @@ def packed_rows(lengths: np.ndarray, row_tokens: int, width: int) -> list[np.nda
     window=len(lengths),
     cost=(7.0 * width, 1.0),
   )
-  return [lengths[np.array(row.ids)] for row in plan.rows_of_step(0)]
+  return [[lengths[np.array(row.ids)] for row in plan.rows_of_step(step)] for step in range(STEPS)]
 
 
 def table() -> list[dict]:
@@ -125,14 +125,16 @@ def table() -> list[dict]:
       if lengths.max() > row_tokens:
         continue
       for model, config in MODELS.items():
-        rows = packed_rows(lengths, row_tokens, config.width)
-        costs = np.array([7.0 * config.width * row.sum() + (row.astype(float) ** 2).sum() for row in rows])
+        steps = packed_rows(lengths, row_tokens, config.width)
+        rows = [row for step in steps for row in step]
+        cost = lambda row, d=config.width: 7.0 * d * row.sum() + (row.astype(float) ** 2).sum()  # noqa: E731
+        costs = np.array([[cost(row) for row in step] for step in steps])
         counted = count(config, rows, row_tokens, blocks)
         line[model] = {
           "ratio": counted["dense"] / counted["skipping"],
           "ratio_3x": counted["dense_3x"] / counted["skipping_3x"],
-          "petaflop": counted["skipping"] / 1e15,
-          "imbalance": float(costs.max() / costs.mean()),
+          "petaflop_per_step": counted["skipping"] / STEPS / 1e15,
+          "imbalance": float((costs.max(1) / costs.mean(1)).mean()),
           "live_share": counted["live_share"],
           "samples_per_row": sum(map(len, rows)) / len(rows),
           "padding": 1 - sum(int(row.sum()) for row in rows) / (len(rows) * row_tokens),
