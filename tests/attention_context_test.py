@@ -72,11 +72,11 @@ def test_ring_of_any_backend(backend):
 
 def test_text_stays_whole():
   """Queries of a context shard meet all keys of the text: nothing is exchanged forward."""
-  args = (*inputs(SEGMENT, TEXT, heads=3), SEGMENT, TEXT)
+  args = (*inputs(SEGMENT, TEXT, heads=8), SEGMENT, TEXT)
   got, text = on_mesh((1, 1, 8, 1), functools.partial(attend, backend="chunked"), args)
   for one, other in zip(got, value_and_grads(attend_dense, *args)):
     np.testing.assert_allclose(one, other, atol=1e-5)
-  assert not any(counts(text).values())
+  assert not any(counts(text).values()) and "all-gather" not in text
 
 
 def test_split():

@@ -87,7 +87,7 @@ def _by_platform(short: bool) -> Pair:
 
   def pick(method):
     choices = {
-      "tpu": getattr(tpu(), method),
+      "tpu": getattr(tpu(everywhere=False), method),
       "cuda": getattr(DENSE if short else chunked(), method),
       "default": getattr(chunked(), method),
     }

@@ -43,7 +43,8 @@ def _forward(pair, q_BLKS, k_BMKS, v_BMKS, q_segment_BL, k_segment_BM):
 def _backward(pair, residuals, do_BLKS):
   *inputs, o_BLKS, lse_BKL = residuals
   lse_BKL, delta_BKL = for_backward(o_BLKS, lse_BKL, do_BLKS, inputs[3])
-  return *pair.backward(*inputs, do_BLKS, lse_BKL, delta_BKL, do_BLKS.dtype), None, None
+  grads = pair.backward(*inputs, do_BLKS, lse_BKL, delta_BKL, do_BLKS.dtype)
+  return *(grad.astype(x.dtype) for grad, x in zip(grads, inputs)), None, None
 
 
 attend_with.defvjp(_forward, _backward)

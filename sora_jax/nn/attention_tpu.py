@@ -129,7 +129,7 @@ def _backward_kernels(
   return dq[:, :, : B * L].reshape(K, S, B, L).transpose(2, 3, 0, 1), dk, dv
 
 
-def _run(kernel, fallback, args, *, dtype, blocks, max_tiles):
+def _run(kernel, fallback, args, *, dtype, blocks, max_tiles, everywhere):
   blocks, most = _sizes(args[0], args[1], blocks)
   run = functools.partial(kernel, dtype=dtype, blocks=blocks)
 
@@ -142,15 +142,20 @@ def _run(kernel, fallback, args, *, dtype, blocks, max_tiles):
     return jax.lax.cond(count <= room, on_list, lambda *x: fallback(*x, dtype), *args)
 
   on_tpu = functools.partial(listed, max_tiles or MAX_TILES, False)
+  if not everywhere:
+    return on_tpu(*args)
   elsewhere = functools.partial(listed, max_tiles or most, True)
   return jax.lax.platform_dependent(*args, tpu=on_tpu, default=elsewhere)
 
 
 @functools.cache
-def tpu(blocks: Blocks | None = None, max_tiles: int | None = None) -> Pair:
-  """The backend, at the tile of the device or at a given one (multiples of 128)."""
+def tpu(blocks: Blocks | None = None, max_tiles: int | None = None, *, everywhere: bool = True) -> Pair:
+  """The backend, at the tile of the device or at a given one (multiples of 128).
+
+  Not `everywhere`: for programs lowered for a TPU alone.
+  """
   assert blocks is None or not (blocks.q % 128 or blocks.k % 128)
-  how = {"blocks": blocks, "max_tiles": max_tiles}
+  how = {"blocks": blocks, "max_tiles": max_tiles, "everywhere": everywhere}
 
   def forward(q, k, v, q_segment, k_segment, dtype):
     return _run(_forward_kernels, chunked().forward, (q, k, v, q_segment, k_segment), dtype=dtype, **how)
