@@ -19,7 +19,7 @@ from sora_jax.parallel import cluster, exits, hostlog
 
 BEFORE = -1
 AGREE_S = 120  # for the promises of all
-LINGER_S = 3  # a failing process stays so long for the others to read why
+LINGER_S = 3  # process 0, which holds the notes, stays so long for the others to read them
 _PREEMPT, _STOP = "sora_jax_note/preempt/", "sora_jax_note/stop/"
 
 
@@ -130,6 +130,8 @@ class Sentinel:
         if note["code"] == exits.HANG:
           faulthandler.dump_traceback(hostlog.file(), all_threads=True)
         hostlog.say(f"process {key.rsplit('/')[-1]} stopped with code {note['code']}: {note['reason']}")
+        if self.index == 0:  # the store lives here, and the runtime aborts those that lose it
+          time.sleep(LINGER_S + self.interval)
         end_now(note["code"])
       promises = [int(v) for k, v in notes.items() if _PREEMPT in k]
       if promises:
@@ -149,7 +151,8 @@ def tell_peers(code: int, reason: str) -> None:
   )
   put.start()  # in a thread, for the coordinator may be dead
   put.join(LINGER_S)
-  time.sleep(LINGER_S + min(count / 64, 5.0))
+  if index == 0:
+    time.sleep(LINGER_S + min(count / 64, 5.0))
 
 
 def end_now(code: int) -> None:

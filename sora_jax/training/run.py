@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -95,7 +96,9 @@ def restore_or_init(run: Run) -> tuple[int, PyTree, Run]:
     entries = guards.load_skips(run.workdir)
     skips = guards.Skips.of(meta.get("skips", []) if entries is None else entries)
     multihost.barrier("skips_read")
-  hostlog.event("start", step=step, redo_until=run.account.reached, devices=jax.device_count())
+  hostlog.event(
+    "start", pid=os.getpid(), step=step, redo_until=run.account.reached, devices=jax.device_count()
+  )
   return step, state, dataclasses.replace(run, skips=skips)
 
 
