@@ -1,7 +1,7 @@
 """How every main starts and ends: a user's mistake is one line and an exit code, never a traceback.
 
-Exit codes: see parallel/exits.py and docs/faults.md. With several processes a fault of one ends all of them with
-its code, in bounded time.
+Exit codes: see parallel/exits.py and docs/faults.md. With several processes a fault of one ends all of them
+with its code, in bounded time.
 """
 
 import os

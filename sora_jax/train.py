@@ -134,7 +134,9 @@ def note_data(workdir: Path, fingerprint: str) -> None:
   path = workdir / DATA
   old = path.read_text().strip() if path.is_file() else fingerprint
   if old != fingerprint:
-    hostlog.say(f"note: the data or its settings changed since this run was last started ({old} -> {fingerprint})")
+    hostlog.say(
+      f"note: the data or its settings changed since this run was last started ({old} -> {fingerprint})"
+    )
   if multihost.is_main():
     path.write_text(fingerprint + "\n")
 

@@ -14,7 +14,9 @@ TIMEOUT_S = 400  # generous: what is asserted is what happens, not how fast a bu
 HEARTBEAT_S = 10
 
 
-def local_run(workdir, settings=None, *, processes=2, devices=2, worker="-m tests.fault_worker", flags=(), **env):
+def local_run(
+  workdir, settings=None, *, processes=2, devices=2, worker="-m tests.fault_worker", flags=(), **env
+):
   """Popen of the launch script; its output is the console of process 0."""
   kept = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
   env = os.environ | {

@@ -1,4 +1,4 @@
-"""One process of a run that faults are done to: --workdir=DIR --settings=JSON, joined through the environment.
+"""One process of a run that faults are done to: --workdir=DIR --settings=JSON, cluster from the environment.
 
 It ends as sora_jax.train does, through sora_jax.cli. Steps are slow enough for a test to act between them.
 """

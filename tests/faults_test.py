@@ -12,9 +12,21 @@ import numpy as np
 import pytest
 
 from tests.cluster_runs import (
-  ROOT, checkpoints, codes, events, finish, local_run, log_of, losses, metrics_of, note, pid_of, reached, wait_for,
+  ROOT,
+  checkpoints,
+  codes,
+  events,
+  finish,
+  local_run,
+  log_of,
+  losses,
+  metrics_of,
+  note,
+  pid_of,
+  reached,
+  wait_for,
   wait_for_step,
-)  # fmt: skip
+)
 
 STEPS = 14
 PLAIN = {"steps": STEPS, "train": {"keep": 5, "hang_timeout_s": 60}}
@@ -192,7 +204,8 @@ def test_a_host_that_cannot_write_ends_no_run(whole, tmp_path):
   expected = whole(2)[1]
   process = local_run(tmp_path, PLAIN | {"slow_s": 0.5})
   wait_for_step(process, tmp_path, 4)
-  limit = lambda n: subprocess.run(["prlimit", f"--pid={pid_of(tmp_path, 1)}", f"--fsize={n}"], check=True)  # noqa: E731
+  prlimit = ["prlimit", f"--pid={pid_of(tmp_path, 1)}"]
+  limit = lambda n: subprocess.run([*prlimit, f"--fsize={n}"], check=True)  # noqa: E731
   limit("600:unlimited")
   wait_for(process, lambda: events(tmp_path, 0, "save_failed"), "a save failed")
   limit("unlimited:unlimited")
@@ -248,7 +261,9 @@ def test_a_full_disk(whole, tmp_path, small_disk):
 def test_a_read_only_disk_is_one_line(small_disk):
   subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
   flags = ["--config=configs/quickstart.py:debug", f"--workdir={small_disk}/run"]
-  done = subprocess.run([sys.executable, "-m", "sora_jax.train", *flags], capture_output=True, text=True, cwd=ROOT)
+  done = subprocess.run(
+    [sys.executable, "-m", "sora_jax.train", *flags], capture_output=True, text=True, cwd=ROOT
+  )
   assert done.returncode == 2 and "Traceback" not in done.stderr
   assert done.stderr.splitlines()[-1].startswith("error: ") and "Read-only file system" in done.stderr
   note("read-only disk", processes=1, code=done.returncode)

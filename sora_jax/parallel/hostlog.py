@@ -1,5 +1,6 @@
 """What each process notes of itself: WORKDIR/logs/host_00003.log for people, .jsonl for programs."""
 
+import contextlib
 import json
 import os
 import sys
@@ -79,8 +80,5 @@ def flush() -> None:
 def _write(stream: TextIO | None, line: str) -> None:
   # A full disk must not end a run over a log line.
   if stream:
-    with _log.lock:
-      try:
-        stream.write(line)
-      except (OSError, ValueError):
-        pass
+    with _log.lock, contextlib.suppress(OSError, ValueError):
+      stream.write(line)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import flax
@@ -84,6 +85,7 @@ class Checkpointer:
       "devices": jax.device_count(),
       "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
       "skips": skips,
+      "streak": int(state["counters"]["streak"]) if "counters" in state else 0,
       "config": config,
     }
     saved = {name: ocp.args.StandardSave(part) for name, part in items.items()}
@@ -143,17 +145,24 @@ class Checkpointer:
     if self.failed:
       raise SaveError(f"{self.failed}; the checkpoints before it are whole: {self.steps()} in {self.folder}")
 
-  def restore(self, abstract: PyTree, *, step: int | None = None) -> tuple[int, PyTree, dict] | None:
+  def restore(
+    self, abstract: PyTree, *, step: int | None = None, accept: Callable[[int, dict], bool] | None = None
+  ) -> tuple[int, PyTree, dict] | None:
     """(step, state, meta) of the newest sound checkpoint; None where there is none at all.
 
     `abstract` may hold some of the parts only (say params and rest). A checkpoint that cannot be read
-    or whose digest differs is moved aside. `step` asks for one step and no other.
+    or whose digest differs is moved aside. `step` asks for one step and no other; `accept(step, meta)` for
+    some, and None comes where none of these is there.
     """
     wanted = self.steps()[::-1] if step is None else [step]
     if step is not None and step not in self.steps():
       raise FileNotFoundError(f"no checkpoint of step {step} in {self.folder}; there are {self.steps()}")
+    passed = []
     for candidate in wanted:
       try:
+        if accept and not accept(candidate, self._meta(candidate)):
+          passed.append(candidate)
+          continue
         return candidate, *self._read(candidate, abstract)
       except MismatchError as error:
         raise ValueError(str(error)) from None
@@ -166,6 +175,8 @@ class Checkpointer:
     if step is not None:
       others = [s for s in self.steps() if s != step]
       raise CheckpointError(f"checkpoint {step} in {self.folder} is damaged; the others are {others}")
+    if passed:
+      return None
     if wanted and self.read_only:
       raise CheckpointError(f"none of the checkpoints {wanted} in {self.folder} is sound")
     if wanted:
@@ -182,12 +193,12 @@ class Checkpointer:
     return None
 
   def _read(self, step: int, abstract: PyTree) -> tuple[PyTree, dict]:
-    """Each process reads its own shards by itself, then all agree: a barrier amid reading would wait for ever."""
+    """Each process reads its shards by itself, then all agree: a barrier amid reading might wait for ever."""
     folder = self.folder / str(step)
     parts = {name: part for name, part in abstract.items() if jax.tree.leaves(part)}
     found, problem = {}, ""
     try:
-      meta = json.loads((folder / META / "metadata").read_text())
+      meta = self._meta(step)
       for name, part in parts.items():
         self._check_shapes(step, name, shapes(part), meta["shapes"].get(name, {}))
       found = {name: saving.read_alone(folder / name, part) for name, part in parts.items()}
@@ -201,6 +212,18 @@ class Checkpointer:
       if digest(found[name]) != meta["digest"][name]:
         raise CheckpointError(f"the {name} read do not match their digest")
     return {name: found.get(name, part) for name, part in abstract.items()}, meta
+
+  def _meta(self, step: int) -> dict:
+    try:
+      return json.loads((self.folder / str(step) / META / "metadata").read_text())
+    except (OSError, ValueError) as error:
+      raise CheckpointError(f"no readable {META}: {saving.reason_of(error)}") from None
+
+  def forget_after(self, step: int) -> None:
+    """Checkpoints of a course that the run has left."""
+    for newer in [s for s in self.steps() if s > step]:
+      self.manager.delete(newer)
+    multihost.barrier("checkpoints_forgotten")
 
   def _check_shapes(self, step: int, name: str, new: dict, old: dict) -> None:
     if new != old:

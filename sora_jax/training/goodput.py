@@ -11,18 +11,18 @@ from sora_jax.parallel import hostlog, multihost
 FILE, PROGRESS = "goodput.json", "progress"
 # Seconds of the main thread of process 0; "step" is what is left over inside the loop.
 KINDS = ("init", "compile", "restore", "data_wait", "step", "redone", "save", "eval", "hooks")
-_IMPORTED = time.monotonic()
+_began = [time.monotonic()]  # the first account of a process counts from its start
 
 
 class Goodput:
-  """Counts seconds by kind. Steps up to the furthest that any start of this workdir had reached are "redone"."""
+  """Counts seconds by kind. Steps up to the furthest that a start of this workdir had reached are "redone"."""
 
   def __init__(self, workdir: Path):
     self.folder = workdir / hostlog.FOLDER
     self.seconds = dict.fromkeys(KINDS, 0.0)
     self.active = multihost.is_main()
-    self.seconds["init"] = time.monotonic() - _IMPORTED
-    self.began = _IMPORTED
+    self.began = _began.pop() if _began else time.monotonic()
+    self.seconds["init"] = time.monotonic() - self.began
     self.inside = 0.0  # seconds of other kinds since the last step
     self.reached = self.redone = 0
     self.before = {"starts": 0, "redone_steps": 0, "seconds": dict.fromkeys(KINDS, 0.0), "wall_s": 0.0}
@@ -58,7 +58,7 @@ class Goodput:
     self.mark, self.inside = time.monotonic(), 0.0
 
   def step_done(self, step: int) -> None:
-    """`step` steps are done: the time since the last call, less what was spent on other things, was this one's."""
+    """`step` steps are done; the time since the last call, less what went to other things, was this one's."""
     now = time.monotonic()
     redone = step <= self.reached
     self.seconds["redone" if redone else "step"] += max(now - self.mark - self.inside, 0.0)
@@ -108,7 +108,9 @@ class Goodput:
     shares = [(values[f"goodput/{kind}_s"], kind) for kind in (*KINDS, "other")]
     shown = ", ".join(f"{kind} {s:.1f} s" for s, kind in shares if s >= 0.05)
     starts, redone = values["goodput/starts"], values["goodput/redone_steps"]
-    return f"goodput {values['goodput']:.1%} of {wall:.0f} s in {starts} start(s); {redone} steps redone; {shown}"
+    return (
+      f"goodput {values['goodput']:.1%} of {wall:.0f} s in {starts} start(s); {redone} steps redone; {shown}"
+    )
 
   def close(self) -> None:
     self.write()

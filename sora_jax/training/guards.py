@@ -59,21 +59,14 @@ def spike_update(
 # --- beside the step
 
 
-class Streak:
-  """Counts bad steps in a row."""
-
-  def __init__(self, limit: int):
-    self.limit, self.length = limit, 0
-
-  def add(self, scalars: PyTree, step: int) -> None:
-    """Takes up the results of the step before `step`."""
-    loss, norm = float(scalars["sums"]["loss"][0]), float(scalars["grad_norm"])
-    finite = math.isfinite(loss) and math.isfinite(norm)
-    bad = not finite or bool(scalars["spike"])
-    self.length = self.length + 1 if bad else 0
-    if self.length >= self.limit:
-      what = "was not finite" if not finite else "spiked"
-      raise GoBackError(step, f"the loss {what} for {self.length} steps in a row, up to step {step}")
+def judge(scalars: PyTree, step: int, limit: int) -> int:
+  """Bad steps in a row up to `step`, from the results of the step before it; raises at the limit."""
+  streak = int(scalars["streak"])
+  if streak >= limit:
+    values = (float(scalars["sums"]["loss"][0]), float(scalars["grad_norm"]))
+    what = "spiked" if all(map(math.isfinite, values)) else "was not finite"
+    raise GoBackError(step, f"the loss {what} for {streak} steps in a row, up to step {step}")
+  return streak
 
 
 @dataclasses.dataclass(frozen=True)

@@ -125,11 +125,11 @@ def _train(run: Run, train_batches: Batches) -> FitResult:
 
 def _steps(run: Run, programs: Programs, feed: Feed, start: int, state: PyTree) -> FitResult:
   config, num_steps, window = run.config, run.config.num_steps, run.window
-  last, loss, evals, streak = None, math.nan, {}, guards.Streak(config.max_skipped)
+  last, loss, evals, streak = None, math.nan, {}, 0
 
   def report(step: int) -> None:
     """Takes up the results of the step before `step`; waits for the device to finish it."""
-    nonlocal last, loss
+    nonlocal last, loss, streak
     if last is None:
       return
     scalars, stats = jax.device_get(last[0]), last[1]
@@ -142,7 +142,7 @@ def _steps(run: Run, programs: Programs, feed: Feed, start: int, state: PyTree) 
       loss = values.get("loss", math.nan)
       run.writer.scalars(step, values)
       run.writer.progress(step, values)
-    streak.add(scalars, step)
+    streak = guards.judge(scalars, step, config.max_skipped)
 
   due = lambda every, step: every and step % every == 0 and step > start  # noqa: E731
   run.account.begin_steps()
@@ -157,7 +157,7 @@ def _steps(run: Run, programs: Programs, feed: Feed, start: int, state: PyTree) 
       # --- save: before the batch is drawn, so that a checkpoint of step i resumes at batch i
       if done or stop or due(config.save_every, step):
         report(step)
-        if done or stop or not streak.length:  # amid bad steps the state may be bad too
+        if done or stop or not streak:  # amid bad steps the state may be bad too
           run.save(step, state)
       run.checkpointer.poll()
       if done or stop:

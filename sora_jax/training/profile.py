@@ -12,7 +12,7 @@ FOLDER = "profile"
 
 
 def parse(text: str) -> tuple[int, int] | None:
-  """"10:13" -> (10, 13): from before step 10 to after step 12."""
+  """ "10:13" -> (10, 13): from before step 10 to after step 12."""
   if not text:
     return None
   match = re.fullmatch(r"(\d+):(\d+)", text)

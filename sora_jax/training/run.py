@@ -103,21 +103,27 @@ def restore_or_init(run: Run) -> tuple[int, PyTree, Run]:
 
 
 def go_back(run: Run, error: guards.GoBackError) -> tuple[int, PyTree, Run]:
-  """To the newest sound checkpoint, with all data passed over up to where it was bad."""
-  most = run.config.max_rollbacks
+  """To the newest sound checkpoint, with all data passed over up to where it was bad.
+
+  Of checkpoints that stand at a multiple of `save_every` and were not made amid bad steps: the saves of a run
+  that was told to stop are extra, and it shall go on as one that was not.
+  """
+  most, every = run.config.max_rollbacks, run.config.save_every
   if most == 0:
     raise guards.DivergedError(str(error))
   with run.aside("restore"):
     run.checkpointer.settle()
-    found = run.checkpointer.restore(run.setup.abstract)
+    regular = lambda step, meta: every and step % every == 0 and not meta["streak"]  # noqa: E731
+    found = run.checkpointer.restore(run.setup.abstract, accept=regular)
     step, state, _ = (0, state_lib.init_state(run.setup), {}) if found is None else found
-  times = run.skips.times(step)
-  if times >= most:
-    raise guards.DivergedError(f"{error}; the run went back to step {step} {times} times (max_rollbacks)")
-  skips = run.skips.back_to(step, bad_until=error.step)
-  if multihost.is_main():
-    guards.save_skips(run.workdir, skips)
-  multihost.barrier("skips_written")
+    times = run.skips.times(step)
+    if times >= most:
+      raise guards.DivergedError(f"{error}; the run went back to step {step} {times} times (max_rollbacks)")
+    skips = run.skips.back_to(step, bad_until=error.step)
+    if multihost.is_main():
+      guards.save_skips(run.workdir, skips)
+    multihost.barrier("skips_written")
+    run.checkpointer.forget_after(step)
   run.writer.say(
     f"{error}: back to step {step}, passing over the data of steps {step} to {error.step - 1} "
     f"(time {times + 1} of {most})"

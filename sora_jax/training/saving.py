@@ -63,7 +63,7 @@ class Rendezvous:
 
 
 def lack_of_room(folder: Path, items: PyTree) -> str:
-  """Why the disk does not hold one more checkpoint, "" where it does; all processes hear what process 0 sees."""
+  """Why the disk does not hold one more checkpoint, "" where it does; all hear what process 0 sees."""
   needed = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(items)) + 2**20
   free = shutil.disk_usage(folder).free if multihost.is_main() else 0
   free = multihost.from_main(free)

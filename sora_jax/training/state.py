@@ -16,13 +16,17 @@ from sora_jax.training import optimizer as optimizer_lib
 from sora_jax.training.optimizer import OptimizerConfig
 from sora_jax.types import PyTree, Task
 
+# Steps; updates made; updates left out, and how many of these in a row up to now.
+COUNTERS = ("step", "updates", "skipped", "streak")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
   """All that is known of a run's state before an array exists.
 
-  The state is {"params", "ema", "opt", "rest", "spike", "counters": {"step", "updates", "skipped"}}; "rest"
-  holds the variables that are not trained (frozen encoders), "spike" the running loss (training/guards.py). `setup.model(state["ema"], state["rest"])` is the network.
+  The state is {"params", "ema", "opt", "rest", "spike", "counters": COUNTERS}; "rest" holds the variables that
+  are not trained (frozen encoders), "spike" the running loss (training/guards.py).
+  `setup.model(state["ema"], state["rest"])` is the network.
   """
 
   graphdef: Any
@@ -58,7 +62,7 @@ def make_setup(
     ),
     "rest": rules.shardings(rest, mesh),
     "spike": {name: whole for name in guards.spike_state()},
-    "counters": {name: whole for name in ("step", "updates", "skipped")},
+    "counters": {name: whole for name in COUNTERS},
   }
   shapes = jax.eval_shape(lambda: _init(task, tx, seed))
   abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
@@ -85,5 +89,5 @@ def _init(task: Task, tx: optax.GradientTransformation, seed: int) -> PyTree:
     "opt": tx.init(params),
     "rest": nnx.to_pure_dict(rest),
     "spike": guards.spike_state(),
-    "counters": {name: jnp.zeros((), jnp.int32) for name in ("step", "updates", "skipped")},
+    "counters": {name: jnp.zeros((), jnp.int32) for name in COUNTERS},
   }

@@ -73,13 +73,14 @@ def make_train_step(
       "step": counters["step"] + 1,
       "updates": counters["updates"] + good,
       "skipped": counters["skipped"] + ~good,
+      "streak": jnp.where(good, 0, counters["streak"] + 1),
     }
     scalars = {
       "sums": sums,
       "grad_norm": norm,
       "lr": setup.schedule(counters["updates"]),
       "skipped": new["counters"]["skipped"],
-      "spike": finite & spike,
+      "streak": new["counters"]["streak"],
     }
     return new, scalars
 

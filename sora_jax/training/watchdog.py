@@ -13,7 +13,7 @@ C_GRACE_S = 30  # after which a process ends whose interpreter itself is stuck
 
 
 class Watchdog:
-  """Fires where `beat` is not called for `timeout_s` (0 = never). Steps beat; `patience` gives other work longer.
+  """Fires where `beat` is not called for `timeout_s` (0 = never). Steps beat; `patience` is for other work.
 
   A thread looks on, so a main thread that is stuck in a collective or in Python is noticed alike. A library
   that holds the interpreter's lock stops that thread too: then stacks are dumped from C, and SIGALRM ends the
@@ -29,9 +29,9 @@ class Watchdog:
   def start(self) -> "Watchdog":
     if self.timeout_s:
       # With SIGALRM in use by others (some test runners), do without it.
-      self.alarm = signal.getsignal(signal.SIGALRM) == signal.SIG_DFL and not signal.getitimer(
-        signal.ITIMER_REAL
-      )[0]
+      self.alarm = (
+        signal.getsignal(signal.SIGALRM) == signal.SIG_DFL and not signal.getitimer(signal.ITIMER_REAL)[0]
+      )
       self.thread = threading.Thread(target=self._look_on, daemon=True, name="watchdog")
       self.thread.start()
     return self
