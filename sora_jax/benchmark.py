@@ -2,6 +2,7 @@
 
   python -m sora_jax.benchmark --what=step [--width=384 --depth=12 --heads=6 --rows=8 --tokens=256]
   python -m sora_jax.benchmark --what=attention [--tokens=8192 --segments=8 --heads=6 --repeats=3]
+  python -m sora_jax.benchmark --what=overhead
 
 Ours and its yardstick take turns, so that what else runs on the machine hits both alike. CPU seconds say more
 than wall seconds on a shared machine.
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from sora_jax import benchmark_baseline
+from sora_jax import benchmark_baseline, benchmark_overhead
 from sora_jax.conditioning.text import TextConfig
 from sora_jax.diffusion.objectives import ObjectiveConfig
 from sora_jax.models.dit import DiTConfig
@@ -34,7 +35,7 @@ from sora_jax.training.state import init_state, make_setup
 from sora_jax.training.step import make_train_step
 from sora_jax.types import BatchSpec, TokenBatch
 
-_WHAT = flags.DEFINE_enum("what", "step", ["step", "attention"], "what to measure")
+_WHAT = flags.DEFINE_enum("what", "step", ["step", "attention", "overhead"], "what to measure")
 _WIDTH = flags.DEFINE_integer("width", 384, "model width", lower_bound=8)
 _DEPTH = flags.DEFINE_integer("depth", 12, "blocks", lower_bound=1)
 _HEADS = flags.DEFINE_integer("heads", 6, "attention heads", lower_bound=1)
@@ -223,7 +224,9 @@ def main(argv):
     raise app.UsageError(f"--width={_WIDTH.value} must be an even multiple of --heads={_HEADS.value}")
   logging.set_verbosity(logging.WARNING)
   print(f"measuring {_WHAT.value}, {_REPEATS.value} repeats: a minute or more", file=sys.stderr, flush=True)
-  measured = {"step": measure_step, "attention": measure_attention}[_WHAT.value]()
+  measured = {
+    "step": measure_step, "attention": measure_attention, "overhead": benchmark_overhead.measure,
+  }[_WHAT.value]()  # fmt: skip
   print(json.dumps({"what": _WHAT.value, **measured, "repeats": _REPEATS.value, **machine()}), flush=True)
 
 

@@ -124,14 +124,14 @@ def test_a_hang_in_python_is_ended_with_stacks(whole, tmp_path):
   expected = whole(2)[1]
   began = time.monotonic()
   process = local_run(tmp_path, PLAIN | {"hang": {"1": 8}, "train": {"hang_timeout_s": 12}})
-  wait_for_step(process, tmp_path, 7)
+  wait_for_step(process, tmp_path, 6)
   began, (code, console) = time.monotonic(), finish(process)
   seconds = round(time.monotonic() - began, 1)
   assert code == 43 and codes(console) == [43, 43]
-  # The host that hangs shows where; the other one was stuck in a collective, and shows that.
+  # The host that hangs shows where; the other, stuck in a collective or just out of it, shows its own stacks.
   assert "fault_worker.py" in log_of(tmp_path, 1) and "in batches" in log_of(tmp_path, 1)
   assert "no progress for" in log_of(tmp_path, 0) + log_of(tmp_path, 1)
-  assert "in report" in log_of(tmp_path, 0)
+  assert "most recent call first" in log_of(tmp_path, 0) and "in batches" not in log_of(tmp_path, 0)
   row = go_on(tmp_path, expected, processes=2, before=reached(tmp_path))
   note("Python hang (limit 12 s)", processes=2, code=code, codes=codes(console), ended_after_s=seconds, **row)
 
@@ -161,7 +161,7 @@ def data_files(folder):
 
 
 def test_a_flipped_bit_and_a_truncated_file(whole, tmp_path):
-  """The newest checkpoint has one bit changed, the one before is cut short: both are put aside by all hosts."""
+  """The newest checkpoint has one bit changed, the one before is cut short: all hosts put both aside."""
   done, expected = whole(2)
   workdir = tmp_path / "run"
   shutil.copytree(done, workdir)
@@ -260,7 +260,7 @@ def test_a_full_disk(whole, tmp_path, small_disk):
 
 def test_a_read_only_disk_is_one_line(small_disk):
   subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-  flags = ["--config=configs/quickstart.py:debug", f"--workdir={small_disk}/run"]
+  flags = ["--config=configs/quickstart.py:debug", "--config.data.rows=8", f"--workdir={small_disk}/run"]
   done = subprocess.run(
     [sys.executable, "-m", "sora_jax.train", *flags], capture_output=True, text=True, cwd=ROOT
   )

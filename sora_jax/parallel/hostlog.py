@@ -47,7 +47,8 @@ def is_open_in(workdir: str | Path) -> bool:
 def close() -> None:
   for file in (_log.text, _log.events):
     if file:
-      file.close()
+      with contextlib.suppress(OSError):
+        file.close()
   _log.text = _log.events = _log.folder = None
 
 
@@ -73,8 +74,9 @@ def flush() -> None:
   sys.stderr.flush()
   for stream in (_log.text, _log.events):
     if stream:
-      stream.flush()
-      os.fsync(stream.fileno())
+      with contextlib.suppress(OSError):  # a full disk
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _write(stream: TextIO | None, line: str) -> None:

@@ -151,8 +151,8 @@ def tell_peers(code: int, reason: str) -> None:
   )
   put.start()  # in a thread, for the coordinator may be dead
   put.join(LINGER_S)
-  if index == 0:
-    time.sleep(LINGER_S + min(count / 64, 5.0))
+  # The others shall read the note, and dump their stacks, before they notice that this process is gone.
+  time.sleep(LINGER_S + min(count / 64, 5.0) if index == 0 else 1.0)
 
 
 def end_now(code: int) -> None:

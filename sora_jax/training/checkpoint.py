@@ -105,15 +105,17 @@ class Checkpointer:
 
   def poll(self) -> None:
     """Looks whether the write under way failed here, so that the other processes do not wait for it."""
-    if self.under_way is not None and self.error is None and not self.manager.is_saving_in_progress():
-      self._finish()
+    if self.under_way is not None and self.error is None:
+      self.rendezvous.release_if_dead()
 
   def _finish(self) -> None:
+    while self.manager.is_saving_in_progress():
+      self.rendezvous.release_if_dead()
+      time.sleep(0.01)
     try:
       self.manager.wait_until_finished()
-    except Exception as error:
+    except Exception as error:  # orbax and tensorstore raise many types
       self.error = error
-      self.rendezvous.release(error)
 
   def settle(self) -> bool:
     """Waits for the write under way; whether it succeeded in all processes. A collective."""

@@ -15,7 +15,7 @@ _began = [time.monotonic()]  # the first account of a process counts from its st
 
 
 class Goodput:
-  """Counts seconds by kind. Steps up to the furthest that a start of this workdir had reached are "redone"."""
+  """Counts seconds by kind. Steps up to the furthest that a start of this workdir reached are "redone"."""
 
   def __init__(self, workdir: Path):
     self.folder = workdir / hostlog.FOLDER

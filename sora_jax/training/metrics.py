@@ -159,7 +159,8 @@ class Writer:
   def close(self) -> None:
     for file in (self.jsonl, self.board):
       if file:
-        file.close()
+        with contextlib.suppress(OSError):  # a full disk
+          file.close()
 
 
 def open_to_append(path: Path):

@@ -1,6 +1,5 @@
 """The parts of a checkpoint that several processes must agree on."""
 
-import json
 import math
 import shutil
 import threading
@@ -13,6 +12,7 @@ from sora_jax.parallel import cluster, multihost
 from sora_jax.types import PyTree
 
 _FOLDER = "sora_jax_save"
+_WRITER = "async_save"  # orbax's thread; the error that ends it shows only after all have met
 RELEASE_S = 1200  # as long as orbax waits
 
 
@@ -29,6 +29,7 @@ class Rendezvous:
 
   def __init__(self):
     self.number, self.arrived = 0, set()
+    self.is_named = False  # the thread that writes bears the name known here
 
   def begin(self) -> None:
     self.number += 1
@@ -46,20 +47,23 @@ class Rendezvous:
     self.arrived.add(name)
     client.wait_at_barrier(self._path(name), timeout_ms)
     if failed := client.key_value_dir_get(self._path("failed/")):
-      where, why = failed[0]
-      raise PeerError(f"process {where.rsplit('/')[-1]}: {json.loads(why)}")
+      raise PeerError(f"process {failed[0][0].rsplit('/')[-1]} could not write its share")
 
-  def release(self, error: Exception) -> None:
-    """This process failed: comes to the barrier that the others wait at, in a thread."""
+  def release_if_dead(self) -> None:
+    """Where the writing thread of this process ended short of a barrier, comes there in its stead."""
     client, (index, _) = cluster.client(), cluster.size()
-    if client is None or isinstance(error, PeerError):
+    if client is None:
       return
-    client.key_value_set(self._path(f"failed/{index}"), json.dumps(reason_of(error)), allow_overwrite=True)
+    if any(thread.name == _WRITER for thread in threading.enumerate()):
+      self.is_named = True
+      return
     missing = [name for name in ("written", "committed") if name not in self.arrived]
-    for name in missing[:1]:
-      self.arrived.add(name)
-      args = (self._path(name), RELEASE_S * 1000)
-      threading.Thread(target=client.wait_at_barrier, args=args, daemon=True).start()
+    if not missing or not self.is_named:
+      return
+    self.arrived |= set(missing)
+    client.key_value_set(self._path(f"failed/{index}"), "1", allow_overwrite=True)
+    args = (self._path(missing[0]), RELEASE_S * 1000)
+    threading.Thread(target=client.wait_at_barrier, args=args, daemon=True).start()
 
 
 def lack_of_room(folder: Path, items: PyTree) -> str:

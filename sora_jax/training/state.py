@@ -24,8 +24,8 @@ COUNTERS = ("step", "updates", "skipped", "streak")
 class Setup:
   """All that is known of a run's state before an array exists.
 
-  The state is {"params", "ema", "opt", "rest", "spike", "counters": COUNTERS}; "rest" holds the variables that
-  are not trained (frozen encoders), "spike" the running loss (training/guards.py).
+  The state is {"params", "ema", "opt", "rest", "spike", "counters": COUNTERS}; "rest" holds the variables
+  that are not trained (frozen encoders), "spike" the running loss (training/guards.py).
   `setup.model(state["ema"], state["rest"])` is the network.
   """
 
