@@ -2,7 +2,7 @@
 # Several processes as one run on this machine, as on several hosts: fake CPU devices, collectives over gloo.
 #   bash launch/local_run.sh [--num_processes=4] [--devices_per_process=2] [-- flags of sora_jax.train]
 # Without flags: the debug preset of the quickstart in runs/local. Process I writes WORKDIR/logs/host_0000I.log and
-# .jsonl (what it says) and .stderr (all else); process 0 is shown. SIGTERM, SIGINT and SIGUSR1 are passed on.
+# .jsonl (what it says) and .stderr (all else); process 0 is shown. SIGTERM (also for SIGINT) and SIGUSR1 are passed on.
 # The exit code is that of the run (docs/faults.md). GRACE_S=120: how long the others may outlive the first to end.
 # SORA_JAX_WORKER="-m MODULE" runs another program than sora_jax.train; --workdir must be among its flags.
 set -uo pipefail
@@ -65,8 +65,7 @@ forward() {
   local pid
   for pid in "${pids[@]}"; do kill "-$1" "$pid" 2>/dev/null; done
 }
-trap 'forward TERM' TERM
-trap 'forward INT' INT
+trap 'forward TERM' TERM INT # jobs in the background are deaf to SIGINT
 trap 'forward USR1' USR1
 
 # Waits for all; those that outlive the first by GRACE_S are killed.

@@ -161,3 +161,17 @@ def test_the_training_main_on_two_processes(tmp_path):
   assert "4/4 loss" in log_of(tmp_path, 1)
   code, console = start()
   assert code == 0 and "is finished at step 4 of 4" in console
+
+
+@pytest.mark.parametrize(
+  "args,says",
+  [
+    (["--processes=2"], "error: unknown option --processes=2 (flags of the training go after --)"),
+    (["--num_processes=x"], "must be numbers >= 1"),
+    (["--", "--config=a.py"], "error: --workdir=DIR must be among the flags after --"),
+  ],
+)
+def test_local_run_refuses_in_one_line(args, says):
+  command = ["bash", "launch/local_run.sh", *args]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+  assert done.returncode == 2 and says in done.stderr.splitlines()[-1]

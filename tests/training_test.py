@@ -52,7 +52,14 @@ def one_device():
   return run(tiny_dit.task(), tiny_dit.batch)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (2, 4, 1, 1), (1, 2, 2, 2)], ids=str)
+ALONE = [(1, 8, 1, 1), (1, 1, 8, 1), (4, 1, 1, 2)]
+
+
+@pytest.mark.parametrize(
+  "sizes",
+  [(8, 1, 1, 1), (2, 4, 1, 1), (1, 2, 2, 2), *(pytest.param(s, marks=pytest.mark.slow) for s in ALONE)],
+  ids=str,
+)
 def test_meshes_agree(sizes):
   mesh = MeshConfig(**dict(zip(("replica", "fsdp", "context", "tensor"), sizes)))
   losses, state = run(tiny_dit.task(), tiny_dit.batch, mesh=mesh, num_devices=8)

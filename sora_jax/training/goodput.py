@@ -9,6 +9,7 @@ from pathlib import Path
 from sora_jax.parallel import hostlog, multihost
 
 FILE, PROGRESS = "goodput.json", "progress"
+WRITE_EVERY_S = 10
 # Seconds of the main thread of process 0; "step" is what is left over inside the loop.
 KINDS = ("init", "compile", "restore", "data_wait", "step", "redone", "save", "eval", "hooks")
 _began = [time.monotonic()]  # the first account of a process counts from its start
@@ -56,6 +57,7 @@ class Goodput:
 
   def begin_steps(self) -> None:
     self.mark, self.inside = time.monotonic(), 0.0
+    self.write()
 
   def step_done(self, step: int) -> None:
     """`step` steps are done; the time since the last call, less what went to other things, was this one's."""
@@ -71,6 +73,8 @@ class Goodput:
       # A dozen bytes into the page cache: they outlive a SIGKILL, and no disk is waited for.
       with contextlib.suppress(OSError):
         os.pwrite(self.handle, b"%012d" % step, 0)
+    if now - self.written > WRITE_EVERY_S:
+      self.write()
 
   def totals(self) -> dict:
     seconds = {kind: self.before["seconds"][kind] + self.seconds[kind] for kind in KINDS}
@@ -95,6 +99,7 @@ class Goodput:
 
   def write(self) -> None:
     """Now and then, so that a start that is killed counts too."""
+    self.written = time.monotonic()
     if not self.active:
       return
     partial = self.folder / (FILE + ".tmp")
