@@ -12,6 +12,7 @@ from sora_jax.parallel import cluster, multihost
 from sora_jax.types import PyTree
 
 _FOLDER = "sora_jax_save"
+_MEETINGS = {"async_write_complete": "written", "async_commit_complete": "committed"}
 _WRITER = "async_save"  # orbax's thread; the error that ends it shows only after all have met
 RELEASE_S = 1200  # as long as orbax waits
 
@@ -43,7 +44,10 @@ class Rendezvous:
     client = cluster.client()
     if client is None:
       return
-    name = "written" if "write" in key else "committed"
+    name = next((name for orbax_name, name in _MEETINGS.items() if orbax_name in key), None)
+    if name is None:  # orbax has others, which a failed process comes to as well
+      client.wait_at_barrier(f"{_FOLDER}/{key}", timeout_ms)
+      return
     self.arrived.add(name)
     client.wait_at_barrier(self._path(name), timeout_ms)
     if failed := client.key_value_dir_get(self._path("failed/")):
@@ -57,7 +61,7 @@ class Rendezvous:
     if any(thread.name == _WRITER for thread in threading.enumerate()):
       self.is_named = True
       return
-    missing = [name for name in ("written", "committed") if name not in self.arrived]
+    missing = [name for name in _MEETINGS.values() if name not in self.arrived]
     if not missing or not self.is_named:
       return
     self.arrived |= set(missing)
