@@ -128,7 +128,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counters():
   assert not np.isfinite(losses[1])
   for name in ("params", "ema", "opt"):
     jax.tree.map(np.testing.assert_array_equal, two[name], one[name])
-  assert two["counters"] == {"step": 2, "updates": 1, "skipped": 1}
+  assert two["counters"] == {"step": 2, "updates": 1, "skipped": 1, "streak": 1}
   assert np.isfinite(run(toy.task(), data, steps=3)[0][2])
 
 
