@@ -116,7 +116,7 @@ def mesh() -> ml_collections.ConfigDict:
 
 
 def train() -> ml_collections.ConfigDict:
-  """sora_jax/training/loop.py TrainConfig; its seed is config.seed."""
+  """sora_jax/training/config.py TrainConfig; its seed is config.seed."""
   c = ml_collections.ConfigDict()
   c.num_steps = 10_000
   c.accumulate = 1
@@ -125,6 +125,12 @@ def train() -> ml_collections.ConfigDict:
   c.save_every = 500
   c.keep = 3
   c.max_skipped = 50
+  c.max_rollbacks = 3
+  c.spike_zscore = 0.0
+  c.spike_window = 200
+  c.hang_timeout_s = 600.0
+  c.profile_steps = ""
+  c.profile_num_steps = 3
   c.tensorboard = True
   return c
 

@@ -4,6 +4,7 @@
   python -m sora_jax.benchmark --what=attention [--tokens=8192 --segments=8 --heads=6 --repeats=3]
   python -m sora_jax.benchmark --what=flops    counted, nothing is run: a table of docs/results.md
   python -m sora_jax.benchmark --what=gpu      S and XL at 8k to 64k tokens; without a GPU it says so
+  python -m sora_jax.benchmark --what=overhead
 
 Ours and its yardstick take turns, so that what else runs on the machine hits both alike. CPU seconds say more
 than wall seconds on a shared machine.
@@ -23,13 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from sora_jax import benchmark_baseline, benchmark_flops, benchmark_gpu
+from sora_jax import benchmark_baseline, benchmark_flops, benchmark_gpu, benchmark_overhead
 from sora_jax.models.dit import DiTConfig
 from sora_jax.nn.attention_chunked import attend_chunked
 from sora_jax.nn.attention_dense import attend_dense
 from sora_jax.types import BatchSpec, TokenBatch
 
-_WHAT = flags.DEFINE_enum("what", "step", ["step", "attention", "flops", "gpu"], "what to measure")
+_WHAT = flags.DEFINE_enum(
+  "what", "step", ["step", "attention", "overhead", "flops", "gpu"], "what to measure"
+)
 _WIDTH = flags.DEFINE_integer("width", 384, "model width", lower_bound=8)
 _DEPTH = flags.DEFINE_integer("depth", 12, "blocks", lower_bound=1)
 _HEADS = flags.DEFINE_integer("heads", 6, "attention heads", lower_bound=1)
@@ -210,7 +213,9 @@ def main(argv):
     print(json.dumps({"what": "gpu", **measured, **machine()}) if measured else "not run: no GPU", flush=True)
     return
   print(f"measuring {_WHAT.value}, {_REPEATS.value} repeats: a minute or more", file=sys.stderr, flush=True)
-  measured = {"step": measure_step, "attention": measure_attention}[_WHAT.value]()
+  measured = {
+    "step": measure_step, "attention": measure_attention, "overhead": benchmark_overhead.measure,
+  }[_WHAT.value]()  # fmt: skip
   print(json.dumps({"what": _WHAT.value, **measured, "repeats": _REPEATS.value, **machine()}), flush=True)
 
 

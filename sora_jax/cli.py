@@ -1,23 +1,29 @@
 """How every main starts and ends: a user's mistake is one line and an exit code, never a traceback.
 
-Exit codes: 0 done, 1 a fault of the program, 2 a mistake of the user's, 42 stopped and saved, 44 diverged.
+Exit codes: see parallel/exits.py and docs/faults.md. With several processes a fault of one ends all of them
+with its code, in bounded time.
 """
 
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 
 from data_pipelines.video_io import UnreadableError
+from sora_jax.parallel import cluster, exits, hostlog, sentinel
+from sora_jax.training.checkpoint import SaveError
 from sora_jax.training.loop import DivergedError
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
-USER_ERROR, PREEMPTED, DIVERGED = 2, 42, 44
+# How the runtime says that another process is gone.
+_PEER = re.compile(r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|[Cc]onnection|[Pp]eer|heartbeat|[Cc]oordination")
 _MISTAKES = (ValueError, OSError, UnreadableError, flags.Error)
 _ROOT = Path(__file__).resolve().parent.parent
 _OURS = tuple(_ROOT / name for name in ("sora_jax", "data_pipelines", "configs"))
@@ -35,9 +41,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
   except Exception as error:  # config files run while flags are parsed: anything may come
     if debug and not isinstance(error, flags.Error):
       raise
-    _fail(_of_config(error, argv), USER_ERROR)
+    _fail(_of_config(error, argv), exits.USER_ERROR)
   if len(rest) > 1:
-    _fail(ValueError(f"unexpected argument {rest[1]!r}: every option is --name=value"), USER_ERROR)
+    _fail(ValueError(f"unexpected argument {rest[1]!r}: every option is --name=value"), exits.USER_ERROR)
   return rest
 
 
@@ -64,28 +70,59 @@ def _guarded(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
     # Orbax warns of its own defaults; what befalls a checkpoint, training/checkpoint.py tells.
-    error = logging.converter.absl_to_standard(logging.ERROR)
-    logging.get_absl_handler().addFilter(lambda r: r.levelno >= error or "orbax" not in r.pathname)
+    logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
   try:
-    return main(argv) or 0
+    return _leave(main(argv) or exits.DONE)
   except KeyboardInterrupt:
     _fail(InterruptedError("interrupted"), 130)
   except DivergedError as error:
-    _fail(error, DIVERGED)
+    _fail(error, exits.DIVERGED)
+  except SaveError as error:
+    _fail(error, exits.FAULT)
+  except exits.PeerLostError as error:
+    _fail(error, exits.PEER_LOST)
   except _MISTAKES as error:
-    if _DEBUG.value:
+    if _DEBUG.value and cluster.client() is None:
       raise
     # A config that could not be loaded is reported when it is first used.
     _fail(
-      _of_config(error, sys.argv) if "Configuration is not available" in str(error) else error, USER_ERROR
+      _of_config(error, sys.argv) if "Configuration is not available" in str(error) else error,
+      exits.USER_ERROR,
     )
+  except Exception as error:
+    if cluster.client() is None:
+      raise
+    _fail_among_others(error)
+
+
+def _leave(code: int) -> int:
+  """The end of a run that went as it should: all processes have come so far, or will."""
+  if cluster.client() is not None:
+    hostlog.event("exit", code=code)
+    cluster.leave()
+    hostlog.flush()
+    os._exit(code)  # threads that load data may be waiting for ever
+  return code
+
+
+def _fail_among_others(error: Exception) -> None:
+  """A fault in one of several processes. One that only tells of another's end waits for that one's reason."""
+  traceback.print_exc(file=sys.stderr)
+  traceback.print_exc(file=hostlog.file())
+  if isinstance(error, jax.errors.JaxRuntimeError) and _PEER.search(str(error)):
+    time.sleep(3 * sentinel.LINGER_S)  # the sentinel may end this process meanwhile, with the other's code
+    _fail(exits.PeerLostError(f"lost another process: {str(error).splitlines()[0][:200]}"), exits.PEER_LOST)
+  _fail(error, exits.FAULT)
 
 
 def _fail(error: Exception, code: int) -> None:
-  print(f"error: {message(error)}", file=sys.stderr, flush=True)
-  # Not sys.exit: threads that load data may be waiting for ever.
+  text = message(error)
+  hostlog.say(f"error: {text}", everywhere=True)
+  if code != exits.PEER_LOST:
+    sentinel.tell_peers(code, text)
+  # Not sys.exit: threads that load data, and the barrier at exit, may be waiting for ever.
   sys.stdout.flush()
-  os._exit(code)
+  sentinel.end_now(code)
 
 
 def message(error: Exception) -> str:

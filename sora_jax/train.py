@@ -1,13 +1,14 @@
 """python -m sora_jax.train --config=configs/NAME.py[:PRESET] --workdir=DIR [--config.SECTION.KEY=VALUE ...]
 
 Trains what the config says; checkpoints, config, vocabulary, metrics and sample grids go to the workdir.
-The same command again resumes. Exit code 42: told to stop by SIGTERM, saved.
+The same command again resumes; exit codes and what a run survives: docs/faults.md. Several processes: see
+parallel/cluster.py, or --coordinator_address=HOST:PORT --num_processes=N --process_id=I.
 """
 
 import dataclasses
 import functools
 import json
-import sys
+import os
 from pathlib import Path
 
 import jax
@@ -23,8 +24,9 @@ from sora_jax.conditioning.tokenizer import Tokenizer
 from sora_jax.diffusion.objectives import ObjectiveConfig
 from sora_jax.generate import SampleConfig
 from sora_jax.models.dit import DiTConfig
-from sora_jax.parallel import multihost
+from sora_jax.parallel import agreement, cluster, exits, hostlog, multihost
 from sora_jax.parallel.mesh import MeshConfig, local_rows, make_mesh
+from sora_jax.parallel.sentinel import Sentinel
 from sora_jax.tasks import registry
 from sora_jax.trained import TOKENIZER
 from sora_jax.training import checkpoint
@@ -52,14 +54,20 @@ IDENTITY = (
 def define_flags() -> None:
   config_flags.DEFINE_config_file("config", None, "FILE.py or FILE.py:PRESET, with a get_config(preset).")
   flags.DEFINE_string("workdir", None, "Folder of the run; made where missing, resumed where it holds a run.")
+  flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, with the two flags below.")
+  flags.DEFINE_integer("num_processes", None, "Processes of this run.")
+  flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
 def main(argv: list[str]) -> int:
   del argv
   if FLAGS.config is None or not FLAGS.workdir:
     raise ValueError("both --config=FILE.py and --workdir=DIR are needed")
-  multihost.initialize_from_env()
   config, workdir = FLAGS.config, Path(FLAGS.workdir)
+  explicit = {name: FLAGS[name].value for name in ("coordinator_address", "num_processes", "process_id")}
+  cluster.join(cluster.find(os.environ, flags=explicit, tpu=cluster.has_tpu()))
+  listener = Sentinel().start()
+  agreement.check(agreement.facts(checkpoint.flatten(json.loads(json.dumps(config.to_dict())))))
   if unknown := sorted(set(config) - SECTIONS):
     raise ValueError(f"config has no section {', '.join(unknown)}; it has {', '.join(sorted(SECTIONS))}")
   # Every section is read before anything slow, so that a wrong key fails at once.
@@ -74,15 +82,16 @@ def main(argv: list[str]) -> int:
       f"data.rows = {data.rows} does not split into train.accumulate = {train.accumulate} parts"
     )
   mesh = make_mesh(registry.section(MeshConfig, config, "mesh"))
-  say(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
+  hostlog.say(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
 
   spec, rows = batch_spec(data), local_rows(mesh, data.rows)
   workdir.mkdir(parents=True, exist_ok=True)
+  hostlog.open_in(workdir, jax.process_index())
   source = readable_source(data)
   tokenizer = vocabulary(workdir, source, data, config.text)
   task = registry.build(config, batch_spec=spec, vocab_size=tokenizer.vocab_size)
   pipeline = Pipeline(source, data, spec, tokenizer)
-  say(str(pipeline.report()))
+  hostlog.say(str(pipeline.report()))
   resolved = json.loads(json.dumps(config.to_dict()))
   checkpoint.check_config(workdir, resolved, IDENTITY)  # before anything of the workdir changes
   note_data(workdir, pipeline.fingerprint())
@@ -101,10 +110,11 @@ def main(argv: list[str]) -> int:
     resolved_config=resolved,
     identity=IDENTITY,
     hooks=grids(config, pipeline, held_out, tokenizer),
+    listener=listener,
   )
   if result.preempted:
-    return cli.PREEMPTED
-  say(f"done: step {result.step}, checkpoints in {workdir / 'checkpoints'}")
+    return exits.PREEMPTED
+  hostlog.say(f"done: step {result.step}, checkpoints in {workdir / 'checkpoints'}")
   return 0
 
 
@@ -115,7 +125,7 @@ def readable_source(data: DataConfig) -> Source:
   except NoCaptionsError:
     bare = dataclasses.replace(data, captions_optional=True, num_eval=0, eval_fraction=0.0)
     no_words = tokenizer_lib.train([], vocab_size=tokenizer_lib.SMALLEST, max_tokens=1)
-    say(str(Pipeline(build_source(bare), bare, batch_spec(bare), no_words, split="all").report()))
+    hostlog.say(str(Pipeline(build_source(bare), bare, batch_spec(bare), no_words, split="all").report()))
     raise
 
 
@@ -124,7 +134,9 @@ def note_data(workdir: Path, fingerprint: str) -> None:
   path = workdir / DATA
   old = path.read_text().strip() if path.is_file() else fingerprint
   if old != fingerprint:
-    say(f"note: the data or its settings changed since this run was last started ({old} -> {fingerprint})")
+    hostlog.say(
+      f"note: the data or its settings changed since this run was last started ({old} -> {fingerprint})"
+    )
   if multihost.is_main():
     path.write_text(fingerprint + "\n")
 
@@ -170,11 +182,6 @@ def grids(
     patch=patch,
   )
   return (hook,)
-
-
-def say(text: str) -> None:
-  if multihost.is_main():
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

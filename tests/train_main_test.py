@@ -66,8 +66,9 @@ def test_trains_stops_and_resumes(tmp_path):
   process = start(DEBUG, workdir, steps)
   out = process.communicate(timeout=300)[0]
   assert process.returncode == 0 and f"resumed at step {step}" in out, out
-  last = [json.loads(line) for line in metrics.read_text().splitlines()][-1]
+  *_, last, goodput = [json.loads(line) for line in metrics.read_text().splitlines()]
   assert last["step"] == step + 2 and "eval/loss" in last
+  assert goodput["goodput/starts"] == 2 and goodput["goodput/redone_steps"] == 0
   assert list((tmp_path / "samples").glob("*.png"))
   process = start(DEBUG, workdir, steps, "--config.model.width=64")
   assert "model.width was 32, now 64" in process.communicate(timeout=120)[0] and process.returncode == 2

@@ -52,7 +52,14 @@ def one_device():
   return run(tiny_dit.task(), tiny_dit.batch)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (2, 4, 1, 1), (1, 2, 2, 2)], ids=str)
+ALONE = [(1, 8, 1, 1), (1, 1, 8, 1), (4, 1, 1, 2)]
+
+
+@pytest.mark.parametrize(
+  "sizes",
+  [(8, 1, 1, 1), (2, 4, 1, 1), (1, 2, 2, 2), *(pytest.param(s, marks=pytest.mark.slow) for s in ALONE)],
+  ids=str,
+)
 def test_meshes_agree(sizes):
   mesh = MeshConfig(**dict(zip(("replica", "fsdp", "context", "tensor"), sizes)))
   losses, state = run(tiny_dit.task(), tiny_dit.batch, mesh=mesh, num_devices=8)
@@ -121,7 +128,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counters():
   assert not np.isfinite(losses[1])
   for name in ("params", "ema", "opt"):
     jax.tree.map(np.testing.assert_array_equal, two[name], one[name])
-  assert two["counters"] == {"step": 2, "updates": 1, "skipped": 1}
+  assert two["counters"] == {"step": 2, "updates": 1, "skipped": 1, "streak": 1}
   assert np.isfinite(run(toy.task(), data, steps=3)[0][2])
 
 

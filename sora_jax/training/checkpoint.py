@@ -1,15 +1,17 @@
 """Checkpoints that a digest vouches for."""
 
+import contextlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import flax
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
 
-from sora_jax.parallel import multihost
+from sora_jax.parallel import hostlog, multihost
+from sora_jax.training import saving
 from sora_jax.training.digest import digest, shapes
 from sora_jax.training.state import Setup
 from sora_jax.types import PyTree
@@ -27,8 +29,16 @@ class MismatchError(ValueError):
   """A sound checkpoint of something else."""
 
 
+class SaveError(RuntimeError):
+  """A checkpoint could not be written."""
+
+
 class Checkpointer:
-  """Saves the parts of a state as items of one orbax step, and restores the newest step that is sound."""
+  """Saves the parts of a state as items of one orbax step, and restores the newest step that is sound.
+
+  With several processes all must call every method at the same point of the program; what befalls one of them
+  is agreed on by all. A checkpoint that cannot be written (a full disk) is reported and the run goes on.
+  """
 
   def __init__(self, workdir: str | Path, *, keep: int = 3, read_only: bool = False):
     self.folder = Path(workdir).absolute() / FOLDER
@@ -36,6 +46,9 @@ class Checkpointer:
     if read_only and not self.folder.is_dir():
       raise FileNotFoundError(f"no checkpoints in {workdir}: {self.folder} does not exist; train first")
     self.keep, self.read_only = keep, read_only
+    self.rendezvous = saving.Rendezvous()
+    self.under_way: int | None = None  # step that is being written
+    self.error: Exception | None = None  # of the write under way
     self.manager = self._open()
 
   def _open(self) -> ocp.CheckpointManager:
@@ -45,14 +58,22 @@ class Checkpointer:
       read_only=self.read_only,
       cleanup_tmp_directories=not self.read_only,
       enable_async_checkpointing=True,
+      async_options=ocp.AsyncOptions(barrier_sync_fn=self.rendezvous.barrier),
     )
     return ocp.CheckpointManager(self.folder, options=options)
+
+  def _reopen(self) -> None:
+    # Closing raises what the last write raised, which is known by now.
+    with contextlib.suppress(Exception):
+      self.manager.close()
+    self.manager = self._open()
 
   def steps(self) -> list[int]:
     return sorted(self.manager.all_steps())
 
-  def save(self, step: int, state: PyTree, config: dict) -> None:
+  def save(self, step: int, state: PyTree, config: dict, *, skips: tuple = ()) -> None:
     """Returns once the arrays are copied to the host; writing goes on behind."""
+    self.settle()
     if step in self.steps():
       return
     items = {name: part for name, part in state.items() if jax.tree.leaves(part)}
@@ -63,34 +84,101 @@ class Checkpointer:
       "versions": {"jax": jax.__version__, "flax": flax.__version__, "orbax": ocp.__version__},
       "devices": jax.device_count(),
       "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+      "skips": skips,
+      "streak": int(state["counters"]["streak"]) if "counters" in state else 0,
       "config": config,
     }
     saved = {name: ocp.args.StandardSave(part) for name, part in items.items()}
-    self.manager.save(step, args=ocp.args.Composite(**saved, **{META: ocp.args.JsonSave(meta)}), force=True)
+    args = ocp.args.Composite(**saved, **{META: ocp.args.JsonSave(meta)})
+    if lack := saving.lack_of_room(self.folder, items):
+      self._report(step, lack)
+      return
+    self.rendezvous.begin()
+    self.under_way = step
+    try:
+      self.manager.save(step, args=args, force=True)
+    except Exception as error:  # orbax and tensorstore raise many types
+      if jax.process_count() > 1:  # the others may wait within orbax: no way on together
+        raise SaveError(f"checkpoint of step {step} could not be begun: {saving.reason_of(error)}") from error
+      self.error = error
+      self.settle()
 
-  def restore(self, abstract: PyTree, *, step: int | None = None) -> tuple[int, PyTree, dict] | None:
+  def poll(self) -> None:
+    """Looks whether the write under way failed here, so that the other processes do not wait for it."""
+    if self.under_way is not None and self.error is None:
+      self.rendezvous.release_if_dead()
+
+  def _finish(self) -> None:
+    while self.manager.is_saving_in_progress():
+      self.rendezvous.release_if_dead()
+      time.sleep(0.01)
+    try:
+      self.manager.wait_until_finished()
+    except Exception as error:  # orbax and tensorstore raise many types
+      self.error = error
+
+  def settle(self) -> bool:
+    """Waits for the write under way; whether it succeeded in all processes. A collective."""
+    if self.under_way is None:
+      return True
+    if self.error is None:
+      self._finish()
+    step, error = self.under_way, self.error
+    self.under_way = self.error = None
+    if not multihost.any_process(error is not None):
+      self.failed = None
+      return True
+    mine = "" if error is None or isinstance(error, saving.PeerError) else saving.reason_of(error)
+    reason = multihost.first_text(mine)
+    self._reopen()
+    self._report(step, reason or saving.reason_of(error))
+    return False
+
+  failed: str | None = None  # why the last checkpoint could not be written
+
+  def _report(self, step: int, reason: str) -> None:
+    self.failed = f"checkpoint of step {step} could not be written: {reason}"
+    hostlog.say(f"warning: {self.failed}; training goes on, the next save tries again; kept: {self.steps()}")
+    hostlog.event("save_failed", step=step, reason=reason)
+
+  def wait(self) -> None:
+    """Until all is written; raises where the last checkpoint is not."""
+    self.settle()
+    if self.failed:
+      raise SaveError(f"{self.failed}; the checkpoints before it are whole: {self.steps()} in {self.folder}")
+
+  def restore(
+    self, abstract: PyTree, *, step: int | None = None, accept: Callable[[int, dict], bool] | None = None
+  ) -> tuple[int, PyTree, dict] | None:
     """(step, state, meta) of the newest sound checkpoint; None where there is none at all.
 
     `abstract` may hold some of the parts only (say params and rest). A checkpoint that cannot be read
-    or whose digest differs is moved aside. `step` asks for one step and no other.
+    or whose digest differs is moved aside. `step` asks for one step and no other; `accept(step, meta)` for
+    some, and None comes where none of these is there.
     """
     wanted = self.steps()[::-1] if step is None else [step]
     if step is not None and step not in self.steps():
       raise FileNotFoundError(f"no checkpoint of step {step} in {self.folder}; there are {self.steps()}")
+    passed = []
     for candidate in wanted:
       try:
+        if accept and not accept(candidate, self._meta(candidate)):
+          passed.append(candidate)
+          continue
         return candidate, *self._read(candidate, abstract)
       except MismatchError as error:
         raise ValueError(str(error)) from None
-      except Exception as error:  # orbax raises many types for a damaged file
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+      except CheckpointError as error:
+        reason = str(error)
         if step is not None or self.read_only:
-          logging.warning("checkpoint %d in %s is damaged (%s)", candidate, self.folder, reason)
+          hostlog.say(f"warning: checkpoint {candidate} in {self.folder} is damaged ({reason})")
         else:
           self._put_aside(candidate, reason)
     if step is not None:
       others = [s for s in self.steps() if s != step]
       raise CheckpointError(f"checkpoint {step} in {self.folder} is damaged; the others are {others}")
+    if passed:
+      return None
     if wanted and self.read_only:
       raise CheckpointError(f"none of the checkpoints {wanted} in {self.folder} is sound")
     if wanted:
@@ -107,27 +195,52 @@ class Checkpointer:
     return None
 
   def _read(self, step: int, abstract: PyTree) -> tuple[PyTree, dict]:
-    meta = self.manager.restore(step, args=ocp.args.Composite(**{META: ocp.args.JsonRestore()}))[META]
+    """Each process reads its shards by itself, then all agree: a barrier amid reading might wait for ever."""
+    folder = self.folder / str(step)
     parts = {name: part for name, part in abstract.items() if jax.tree.leaves(part)}
-    for name, part in parts.items():
-      if (new := shapes(part)) != (old := meta["shapes"][name]):
-        keys = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
-        raise MismatchError(
-          f"checkpoint {self.folder}/{step} does not fit this model or optimizer: {name}/{keys[0]} was "
-          f"{old.get(keys[0])}, now {new.get(keys[0])} ({len(keys)} differ); use another workdir"
-        )
-    args = ocp.args.Composite(**{name: ocp.args.StandardRestore(part) for name, part in parts.items()})
-    restored = self.manager.restore(step, args=args)
-    state = {name: restored[name] if name in parts else part for name, part in abstract.items()}
+    found, problem = {}, ""
+    try:
+      meta = self._meta(step)
+      for name, part in parts.items():
+        self._check_shapes(step, name, shapes(part), meta["shapes"].get(name, {}))
+      found = {name: saving.read_alone(folder / name, part) for name, part in parts.items()}
+    except MismatchError:
+      raise
+    except Exception as error:  # orbax raises many types for a damaged file
+      problem = saving.reason_of(error)
+    if reason := multihost.first_text(problem):
+      raise CheckpointError(reason)
     for name in parts:
-      if digest(state[name]) != meta["digest"][name]:
+      if digest(found[name]) != meta["digest"][name]:
         raise CheckpointError(f"the {name} read do not match their digest")
-    return state, meta
+    return {name: found.get(name, part) for name, part in abstract.items()}, meta
+
+  def _meta(self, step: int) -> dict:
+    try:
+      return json.loads((self.folder / str(step) / META / "metadata").read_text())
+    except (OSError, ValueError) as error:
+      raise CheckpointError(f"no readable {META}: {saving.reason_of(error)}") from None
+
+  def forget_after(self, step: int) -> None:
+    """Checkpoints of a course that the run has left."""
+    for newer in [s for s in self.steps() if s > step]:
+      self.manager.delete(newer)
+    multihost.barrier("checkpoints_forgotten")
+
+  def _check_shapes(self, step: int, name: str, new: dict, old: dict) -> None:
+    if new != old:
+      keys = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+      raise MismatchError(
+        f"checkpoint {self.folder}/{step} does not fit this model or optimizer: {name}/{keys[0]} was "
+        f"{old.get(keys[0])}, now {new.get(keys[0])} ({len(keys)} differ); use another workdir"
+      )
 
   def _put_aside(self, step: int, reason: str) -> None:
     target = self.bad_folder / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}"
-    logging.warning("checkpoint %d is damaged (%s): moved to %s", step, reason, target)
+    hostlog.say(f"warning: checkpoint {step} is damaged ({reason}): moved to {target}")
+    hostlog.event("checkpoint_damaged", step=step, reason=reason)
     self.manager.close()
+    multihost.barrier("checkpoint_found_bad")
     if multihost.is_main():
       self.bad_folder.mkdir(parents=True, exist_ok=True)
       (self.folder / str(step)).rename(target)
@@ -135,11 +248,9 @@ class Checkpointer:
     multihost.barrier("checkpoint_put_aside")
     self.manager = self._open()
 
-  def wait(self) -> None:
-    self.manager.wait_until_finished()
-
   def close(self) -> None:
-    self.manager.close()
+    with contextlib.suppress(Exception):  # known from `wait`, or the run ends for another reason
+      self.manager.close()
 
 
 def restore_params(

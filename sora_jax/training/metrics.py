@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import tensorboardX
 
 from sora_jax.nn import attention_tpu
 from sora_jax.nn.attention_tiles import count_live
-from sora_jax.parallel import multihost
+from sora_jax.parallel import hostlog, multihost
 from sora_jax.types import NO_SAMPLE, Sums, TokenBatch
 
 
@@ -143,8 +142,11 @@ class Writer:
       return
     # NaN is no JSON.
     clean = {key: (value if math.isfinite(value) else None) for key, value in values.items()}
-    self.jsonl.write(json.dumps({"step": step, **clean}) + "\n")
-    self.jsonl.flush()
+    try:
+      self.jsonl.write(json.dumps({"step": step, **clean}) + "\n")
+      self.jsonl.flush()
+    except OSError as error:  # a full disk: numbers are lost, the run is not
+      hostlog.say(f"metrics of step {step} were not written: {error.strerror}")
     if self.board:
       for key, value in values.items():
         self.board.add_scalar(key, value, step)
@@ -154,8 +156,8 @@ class Writer:
       self.board.add_image(name, image_HWC, step, dataformats="HWC")
 
   def say(self, text: str) -> None:
-    if self.active:
-      print(text, file=sys.stderr, flush=True)
+    """On the console of process 0, and in the log of every process."""
+    hostlog.say(text)
 
   def progress(self, step: int, values: dict[str, float]) -> None:
     """One line: where the run is, how it goes and how long it will take."""
@@ -178,7 +180,8 @@ class Writer:
   def close(self) -> None:
     for file in (self.jsonl, self.board):
       if file:
-        file.close()
+        with contextlib.suppress(OSError):  # a full disk
+          file.close()
 
 
 def open_to_append(path: Path):

@@ -11,17 +11,22 @@ from jax.sharding import Mesh
 
 from sora_jax.parallel import mesh as mesh_lib
 from sora_jax.parallel.rules import Rules
+from sora_jax.training import guards
 from sora_jax.training import optimizer as optimizer_lib
 from sora_jax.training.optimizer import OptimizerConfig
 from sora_jax.types import PyTree, Task
+
+# Steps; updates made; updates left out, and how many of these in a row up to now.
+COUNTERS = ("step", "updates", "skipped", "streak")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
   """All that is known of a run's state before an array exists.
 
-  The state is {"params", "ema", "opt", "rest", "counters": {"step", "updates", "skipped"}}; "rest" holds the
-  variables that are not trained (frozen encoders). `setup.model(state["ema"], state["rest"])` is the network.
+  The state is {"params", "ema", "opt", "rest", "spike", "counters": COUNTERS}; "rest" holds the variables
+  that are not trained (frozen encoders), "spike" the running loss (training/guards.py).
+  `setup.model(state["ema"], state["rest"])` is the network.
   """
 
   graphdef: Any
@@ -56,7 +61,8 @@ def make_setup(
       tx, lambda _, s: s, opt, param_shardings, transform_non_params=lambda _: whole
     ),
     "rest": rules.shardings(rest, mesh),
-    "counters": {name: whole for name in ("step", "updates", "skipped")},
+    "spike": {name: whole for name in guards.spike_state()},
+    "counters": {name: whole for name in COUNTERS},
   }
   shapes = jax.eval_shape(lambda: _init(task, tx, seed))
   abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
@@ -82,5 +88,6 @@ def _init(task: Task, tx: optax.GradientTransformation, seed: int) -> PyTree:
     "ema": jax.tree.map(jnp.copy, params),
     "opt": tx.init(params),
     "rest": nnx.to_pure_dict(rest),
-    "counters": {name: jnp.zeros((), jnp.int32) for name in ("step", "updates", "skipped")},
+    "spike": guards.spike_state(),
+    "counters": {name: jnp.zeros((), jnp.int32) for name in COUNTERS},
   }

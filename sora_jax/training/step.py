@@ -8,17 +8,20 @@ import optax
 from jax.sharding import NamedSharding
 
 from sora_jax.parallel import mesh as mesh_lib
+from sora_jax.training import guards
 from sora_jax.training import optimizer as optimizer_lib
 from sora_jax.training.state import Setup
 from sora_jax.types import Array, PyTree, Sums, TokenBatch
 
 
-def make_train_step(setup: Setup, *, batch: TokenBatch, accumulate: int = 1) -> Callable:
+def make_train_step(
+  setup: Setup, *, batch: TokenBatch, accumulate: int = 1, spike_zscore: float = 0.0, spike_window: int = 200
+) -> Callable:
   """step(state, batch) -> (state, scalars); the state is donated, `batch` here gives the global shapes alone.
 
   The gradient is that of (sum of losses) / (count), both over all rows, however they are split into
-  `accumulate` micro-batches. Where the loss or the gradient norm is not finite, only the counters of steps
-  and of skipped updates change.
+  `accumulate` micro-batches. Where the loss or the gradient norm is not finite, or the loss is a spike
+  (training/guards.py), only the counters of steps and of skipped updates change.
   """
   rows = batch.segment_BL.shape[0]
   if accumulate < 1 or rows % accumulate:
@@ -52,25 +55,32 @@ def make_train_step(setup: Setup, *, batch: TokenBatch, accumulate: int = 1) -> 
     grads = jax.tree.map(lambda g: g / count, grads)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums["loss"][0]) & jnp.isfinite(norm)
+    spike, new_spike = guards.spike_update(
+      state["spike"], sums["loss"][0] / count, zscore=spike_zscore, window=spike_window
+    )
+    good = finite & ~spike
     updates, opt = setup.tx.update(grads, state["opt"], params)
     new_params = optax.apply_updates(params, updates)
     new = {
       "params": new_params,
       "ema": optimizer_lib.ema_update(setup.optimizer, state["ema"], new_params, counters["updates"]),
       "opt": opt,
+      "spike": new_spike,
     }
-    new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, {k: state[k] for k in new})
+    new = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, {k: state[k] for k in new})
     new["rest"] = state["rest"]
     new["counters"] = {
       "step": counters["step"] + 1,
-      "updates": counters["updates"] + finite,
-      "skipped": counters["skipped"] + ~finite,
+      "updates": counters["updates"] + good,
+      "skipped": counters["skipped"] + ~good,
+      "streak": jnp.where(good, 0, counters["streak"] + 1),
     }
     scalars = {
       "sums": sums,
       "grad_norm": norm,
       "lr": setup.schedule(counters["updates"]),
       "skipped": new["counters"]["skipped"],
+      "streak": new["counters"]["streak"],
     }
     return new, scalars
 
