@@ -215,7 +215,9 @@ class _Feed:
 
 def batch_struct(task: Task) -> TokenBatch:
   """Shapes and types of the task's global batch."""
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), task.batch_spec.zeros())
+  spec = task.batch_spec
+  # By way of no rows: the global batch of a pod would not fit this host.
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct((spec.rows, *x.shape[1:]), x.dtype), spec.zeros(rows=0))
 
 
 def _compile(setup: Setup, config: TrainConfig, batch: TokenBatch, writer: metrics.Writer) -> Callable:
