@@ -2,7 +2,7 @@
 
 Compiles the step that sora_jax.train would run on a TPU slice, without one, and says whether it fits, what it
 moves and what it may cost. --mode=sample: the sampler's program. Without --topology: those of the config.
---all: every configs/t2v_*.py on all of its topologies. --check_golden and --write_golden: what must not change
+--all: every configs/t2v_*.py on all of its topologies. --check_golden, --write_golden: what must not change
 unseen, in tests/golden/rehearse. Exit code: 0 all fit, 1 one does not, or a lint or comparison fails.
 """
 

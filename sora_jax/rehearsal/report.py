@@ -60,14 +60,15 @@ def table(result: dict[str, Any]) -> str:
       f"({peak / result['hbm_limit_bytes']:.0%}): "
       + ", ".join(f"{kind.replace('_', ' ')} {n / gib:.1f}" for kind, n in hbm.items() if kind != "peak")),
     ("tokens per step", f"{result['tokens']:,} in {result['rows']} rows of {result['row_tokens']:,} "
-      f"(mix {result['mix']}: {result['samples']:,} samples, fill {result['fill']:.1%}, cost imbalance of rows "
-      f"{result['row_imbalance']:.2f})"),
+      f"(mix {result['mix']}: {result['samples']:,} samples, fill {result['fill']:.1%}, cost imbalance of "
+      f"rows {result['row_imbalance']:.2f})"),
     ("model FLOPs per step", f"{result['model_flops_per_step']:.3g}"),
-    ("live-tile FLOPs", f"{result['live_tile_flops_per_step']:.3g}; {result['live_tile_share']:.1%} of tiles live"),
+    ("live-tile FLOPs", f"{result['live_tile_flops_per_step']:.3g}; "
+      f"{result['live_tile_share']:.1%} of tiles live"),
     ("compiled in", f"{result['compile_seconds']:.1f} s (traced in {result['lower_seconds']:.1f} s)"),
     ("seconds by unit", ", ".join(f"{unit} {s:.3g}" for unit, s in times.items())),
-    ("roofline step", f"{result['roofline_step_seconds']:.3g} s, MFU {result['roofline_mfu']:.1%} if all transfers "
-      f"overlap; {result['serial_step_seconds']:.3g} s, {result['serial_mfu']:.1%} as scheduled"),
+    ("roofline step", f"{result['roofline_step_seconds']:.3g} s, MFU {result['roofline_mfu']:.1%} if all "
+      f"transfers overlap; {result['serial_step_seconds']:.3g} s, {result['serial_mfu']:.1%} as scheduled"),
   ]  # fmt: skip
   lines = [f"{name:<21} {value}" for name, value in rows]
   lines.append(f"{'collectives':<21} {'axes':<16} {'runs':>7} {'GB sent':>9} {'overlapped':>11}")

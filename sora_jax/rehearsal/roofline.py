@@ -1,8 +1,8 @@
 """The least time a step can take by stated peaks: compute, HBM, links and network, each by itself.
 
 An upper bound on speed, not a forecast: it takes every unit at its peak. Work is counted from the program
-that training traces (matrix products, loops multiplied out) and from the live tiles of attention, whose kernel
-no analysis of the compiler counts.
+that training traces (matrix products, loops multiplied out) and from the live tiles of attention, whose
+kernel no analysis of the compiler counts.
 """
 
 import dataclasses

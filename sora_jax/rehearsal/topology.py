@@ -13,7 +13,7 @@ from jax.experimental import topologies
 from sora_jax.parallel.peaks import CHIPS, Chip
 
 _NAME = re.compile(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?")
-_NO_LIBTPU = "rehearsing a TPU topology needs libtpu, no TPU: pip install '.[rehearse]' in the clone (170 MB to download)"
+_NO_LIBTPU = "rehearsing a TPU topology needs libtpu, no TPU: pip install '.[rehearse]' in the clone (large)"
 _NO_CUDA = (
   "rehearsing a GPU topology needs a CUDA jaxlib, no GPU: pip install '.[rehearse-gpu]' in the clone (5.9 GB)"
 )
