@@ -2,6 +2,8 @@
 
   python -m sora_jax.benchmark --what=step [--width=384 --depth=12 --heads=6 --rows=8 --tokens=256]
   python -m sora_jax.benchmark --what=attention [--tokens=8192 --segments=8 --heads=6 --repeats=3]
+  python -m sora_jax.benchmark --what=flops    counted, nothing is run: a table of docs/results.md
+  python -m sora_jax.benchmark --what=gpu      S and XL at 8k to 64k tokens; without a GPU it says so
 
 Ours and its yardstick take turns, so that what else runs on the machine hits both alike. CPU seconds say more
 than wall seconds on a shared machine.
@@ -21,20 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from sora_jax import benchmark_baseline
-from sora_jax.conditioning.text import TextConfig
-from sora_jax.diffusion.objectives import ObjectiveConfig
+from sora_jax import benchmark_baseline, benchmark_flops, benchmark_gpu
 from sora_jax.models.dit import DiTConfig
 from sora_jax.nn.attention_chunked import attend_chunked
 from sora_jax.nn.attention_dense import attend_dense
-from sora_jax.parallel.mesh import MeshConfig, make_mesh
-from sora_jax.tasks import text_to_video
-from sora_jax.training.optimizer import OptimizerConfig
-from sora_jax.training.state import init_state, make_setup
-from sora_jax.training.step import make_train_step
 from sora_jax.types import BatchSpec, TokenBatch
 
-_WHAT = flags.DEFINE_enum("what", "step", ["step", "attention"], "what to measure")
+_WHAT = flags.DEFINE_enum("what", "step", ["step", "attention", "flops", "gpu"], "what to measure")
 _WIDTH = flags.DEFINE_integer("width", 384, "model width", lower_bound=8)
 _DEPTH = flags.DEFINE_integer("depth", 12, "blocks", lower_bound=1)
 _HEADS = flags.DEFINE_integer("heads", 6, "attention heads", lower_bound=1)
@@ -121,22 +116,7 @@ def our_step(spec: BatchSpec) -> tuple[Callable[[], object], float]:
   frames = 4 if length % 4 == 0 else 1
   batch = full_batch(spec, (frames, 1, length // frames))
   model = DiTConfig(width=_WIDTH.value, depth=_DEPTH.value, heads=_HEADS.value)
-  task = text_to_video.build(
-    model=model, text_config=TextConfig(), diffusion=ObjectiveConfig(), batch_spec=spec
-  )
-  mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
-  setup = make_setup(task, optimizer=OptimizerConfig(), num_steps=1000, mesh=mesh, seed=0)
-  with jax.set_mesh(mesh):
-    step = make_train_step(setup, batch=batch)
-    held = {"state": init_state(setup)}
-  batch = jax.device_put(batch, jax.devices()[0])
-
-  def run():
-    with jax.set_mesh(mesh):
-      held["state"], scalars = step(held["state"], batch)
-    return scalars
-
-  return run, task.flops_fn(jax.tree.map(np.asarray, batch))
+  return benchmark_gpu.make_step(model, spec, batch)
 
 
 def plain_step(spec: BatchSpec) -> tuple[Callable[[], object], float]:
@@ -222,6 +202,13 @@ def main(argv):
   if _WIDTH.value % (2 * _HEADS.value):
     raise app.UsageError(f"--width={_WIDTH.value} must be an even multiple of --heads={_HEADS.value}")
   logging.set_verbosity(logging.WARNING)
+  if _WHAT.value == "flops":
+    print(benchmark_flops.markdown(benchmark_flops.table()), flush=True)
+    return
+  if _WHAT.value == "gpu":
+    measured = benchmark_gpu.run()
+    print(json.dumps({"what": "gpu", **measured, **machine()}) if measured else "not run: no GPU", flush=True)
+    return
   print(f"measuring {_WHAT.value}, {_REPEATS.value} repeats: a minute or more", file=sys.stderr, flush=True)
   measured = {"step": measure_step, "attention": measure_attention}[_WHAT.value]()
   print(json.dumps({"what": _WHAT.value, **measured, "repeats": _REPEATS.value, **machine()}), flush=True)

@@ -85,13 +85,14 @@ class Task:
   accumulation, so that a loss does not depend on how samples are split into batches. `key` is already folded
   with the step; per-sample randomness folds in sample_id.
   eval_fn(model, batch) -> sums: deterministic held-out metrics, sums["loss"] among them.
-  flops_fn(batch) -> model FLOPs of forward and backward pass, from the real segments (numpy batch).
+  flops_fn(batch) -> model FLOPs of forward and backward pass, from the real segments (numpy batch); of every
+    row, so that the imbalance of cost can be reported, or of the whole.
   """
 
   name: str
   init: Callable[[nnx.Rngs], nnx.Module]
   loss_fn: Callable[[nnx.Module, TokenBatch, Array], tuple[Array, Sums]]
   eval_fn: Callable[[nnx.Module, TokenBatch], Sums]
-  flops_fn: Callable[[TokenBatch], float]
+  flops_fn: Callable[[TokenBatch], float | np.ndarray]
   batch_spec: BatchSpec
   trainable: Any = nnx.Param

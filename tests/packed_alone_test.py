@@ -48,7 +48,7 @@ def part(batch, x_BLC, sample):
   return np.asarray(x_BLC)[0][batch.segment_BL[0] == slot + 1]
 
 
-@pytest.fixture(scope="module", params=["dense", "chunked"])
+@pytest.fixture(scope="module", params=["dense", "chunked", pytest.param("tpu", marks=pytest.mark.slow)])
 def setup(request):
   task = text_to_video.build(
     model=DiTConfig(width=32, depth=2, heads=2, attention=request.param),

@@ -252,7 +252,7 @@ def test_flag_sets_are_kept_apart_by_generation():
 
 def test_flags_are_printed_on_one_line_without_jax():
   program_text = (
-    "import sys; sys.argv = ['x', '--generation=v5p']; import sora_jax.xla_flags as m; from absl import flags; "
+    "import sys; sys.argv = ['x', '--generation=v5p']; from absl import flags; import sora_jax.xla_flags as m; "
     "flags.FLAGS(sys.argv); code = m.main(['x']); sys.exit(code or 'jax' in sys.modules)"
   )
   done = subprocess.run([sys.executable, "-c", program_text], capture_output=True, text=True, cwd=ROOT)

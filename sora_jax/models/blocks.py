@@ -61,11 +61,15 @@ class Block(nnx.Module):
   def _split_heads(self, x: Array) -> Array:
     return rearrange(x, "b l (k s) -> b l k s", k=self.heads)
 
+  def _attend(self, q, k, v, context: BlockContext, k_segment, backend: str) -> Array:
+    slots = context.one_hot_BLN.shape[-1] - 1
+    return attend(q, k, v, context.segment_BL, k_segment, backend=backend, num_segments=slots)
+
   def _self_attention(self, x: Array, context: BlockContext, backend: str) -> Array:
     q, k, v = map(self._split_heads, jnp.split(self.qkv(x), 3, axis=-1))
     q = layers.rotate(layers.rms_norm(q, self.q_scale[...]), context.angles_BLP).astype(self.dtype)
     k = layers.rotate(layers.rms_norm(k, self.k_scale[...]), context.angles_BLP).astype(self.dtype)
-    out = attend(q, k, v, context.segment_BL, context.segment_BL, backend=backend)
+    out = self._attend(q, k, v, context, context.segment_BL, backend)
     return self.attention_out(rearrange(out, "b l k s -> b l (k s)"))
 
   def _cross_attention(self, x: Array, context: BlockContext, backend: str) -> Array:
@@ -73,5 +77,5 @@ class Block(nnx.Module):
     k, v = map(self._split_heads, jnp.split(self.cross_kv(context.text_BMD), 2, axis=-1))
     q = layers.rms_norm(q, self.cross_q_scale[...]).astype(self.dtype)
     k = layers.rms_norm(k, self.cross_k_scale[...]).astype(self.dtype)
-    out = attend(q, k, v, context.segment_BL, context.text_segment_BM, backend=backend)
+    out = self._attend(q, k, v, context, context.text_segment_BM, backend)
     return self.cross_out(rearrange(out, "b l k s -> b l (k s)"))

@@ -170,25 +170,34 @@ def _position_features(batch: TokenBatch) -> Array:
   return 2 * jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-def model_flops(config: DiTConfig, batch: TokenBatch, *, channels: int, text_dim: int) -> float:
-  """Model FLOPs of forward and backward pass (3x forward) from the real segments; padding costs nothing.
+def model_flops(config: DiTConfig, batch: TokenBatch, *, channels: int, text_dim: int) -> np.ndarray:
+  """Model FLOPs [B] of forward and backward pass (3x forward) from the real segments; padding costs nothing.
 
-  2 FLOPs per multiply-add of every matrix product a token (or text token, or sample) goes through, and
-  4 D sum(l_q l_k) for the two products of attention.
+  Those of `linear_flops`, and 4 D sum(l_q l_k) for the two products of attention.
   """
-  D, F = config.width, int(config.width * config.mlp_ratio)
   lengths = np.prod(np.asarray(batch.grid_BN3, np.float64), axis=-1)
-  tokens = lengths.sum()
-  samples = (lengths > 0).sum()
-  text = (np.asarray(batch.text_segment_BM) > 0).sum()
   segment = np.arange(1, lengths.shape[1] + 1)
   text_lengths = (np.asarray(batch.text_segment_BM)[:, None, :] == segment[:, None]).sum(-1)
+  linear = linear_flops(
+    config,
+    tokens=lengths.sum(-1),
+    text_tokens=(np.asarray(batch.text_segment_BM) > 0).sum(-1),
+    samples=(lengths > 0).sum(-1),
+    channels=channels,
+    text_dim=text_dim,
+  )
+  pairs = (lengths**2).sum(-1) + (lengths * text_lengths).sum(-1)
+  return 3 * (linear + 4.0 * config.width * config.depth * pairs)
+
+
+def linear_flops(config: DiTConfig, *, tokens, text_tokens, samples, channels: int, text_dim: int):
+  """Forward FLOPs but for attention: 2 per multiply-add of every matrix product that a token (or text token,
+  or sample) goes through."""
+  D, F = config.width, int(config.width * config.mlp_ratio)
   patch_in = config.patch_bottleneck * (channels + D) if config.patch_bottleneck else channels * D
   per_token = (
     config.depth * (4 * D * D + 2 * D * D + 2 * D * F) + patch_in + (channels + POSITION_FEATURES) * D
   )
   per_text = config.depth * 2 * D * D + text_dim * D
   per_sample = config.depth * 6 * D * D + 2 * D * D + (TIME_FEATURES + SIZE_FEATURES + text_dim + 3 * D) * D
-  linear = 2.0 * (tokens * per_token + text * per_text + samples * per_sample)
-  attention = 4.0 * D * config.depth * ((lengths**2).sum() + (lengths * text_lengths).sum())
-  return float(3 * (linear + attention))
+  return 2.0 * (tokens * per_token + text_tokens * per_text + samples * per_sample)

@@ -1,33 +1,40 @@
 """The one entry to attention: picks a backend, and lays the work out on the mesh.
 
 On a mesh of several devices, as set by `jax.set_mesh` around the call or around the jitted function,
-attention runs inside `jax.shard_map`: rows split over (replica, fsdp), heads over (tensor, context), all
-tokens of a row on one device. Activations that come in with their tokens split over context are exchanged by
-an all-to-all before and after (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv:2309.14509), and no loop of a
-backend ever meets split tokens. Axes that do not divide the rows or heads repeat the work instead. Without a
-mesh in force nothing is wrapped, so a program over several devices must set one.
+attention runs inside `jax.shard_map`, rows split over (replica, fsdp) and heads over tensor. Where tokens
+are split over context, a layout is picked by what divides:
+
+  keys that are fewer than queries (text): queries stay where they are, every device has all keys;
+  heads that divide over context: an all-to-all before and after, each device then has whole rows of some
+    heads (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv:2309.14509);
+  fewer heads than that: a ring of such groups (attention_context.py).
+
+Axes that divide neither rows, heads nor tokens repeat the work. Without a mesh in force nothing is wrapped,
+so a program over several devices must set one.
 """
 
+import functools
 import math
 
 import jax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from sora_jax.nn.attention_chunked import attend_chunked
-from sora_jax.nn.attention_dense import attend_dense
+from sora_jax.nn import attention_context, attention_gpu
+from sora_jax.nn.attention_chunked import chunked
+from sora_jax.nn.attention_dense import DENSE, attend_dense
+from sora_jax.nn.attention_pair import Pair, attend_with
+from sora_jax.nn.attention_tpu import tpu
 from sora_jax.types import Array
 
-BACKENDS = ("auto", "dense", "chunked")
+BACKENDS = ("auto", "dense", "chunked", "tpu", "gpu")
 ROW_AXES = ("replica", "fsdp")
-# Tensor first: heads that tensor parallelism has split already then move within a context group only.
-HEAD_AXES = ("tensor", "context")
 # Longest row, in tokens, that "auto" gives to the dense backend. On 2 CPU cores (6 heads of 64, fp32, forward
 # and backward) dense takes 0.7 of the time of chunked at 128 tokens, 1.0 to 1.3 at 256 and, with four samples
-# a row, 3 at 1,024: its scores leave the cache. Elsewhere chunked walks blocks in sequence, which starves a
-# wide device; not measured yet.
-DENSE_UP_TO = {"cpu": 192}
-DENSE_UP_TO_ELSEWHERE = 1024
+# a row, 3 at 1,024: its scores leave the cache.
+DENSE_UP_TO = 192
+# On a GPU chunked walks blocks in sequence, which starves it; not measured yet.
+DENSE_UP_TO_ON_GPU = 1024
 
 
 def attend(
@@ -38,42 +45,98 @@ def attend(
   k_segment_BM: Array,
   *,
   backend: str = "auto",
+  num_segments: int = 0,
 ) -> Array:
   """softmax(q k / sqrt(S)) v over the keys of the query's own segment, softmax in fp32.
 
   Segment 0 is padding. A query without keys, padding included, yields exactly 0 and has no gradient. Segments
-  are contiguous runs in ascending order with padding last; another order is right, but skips less.
+  are contiguous runs in ascending order with padding last; another order is right, but skips less, and does
+  not suit cuDNN, which is used only where `num_segments`, the most samples of a row, is given.
   """
   if backend not in BACKENDS:
     raise ValueError(f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}")
-  if backend == "auto":
-    limit = DENSE_UP_TO.get(jax.default_backend(), DENSE_UP_TO_ELSEWHERE)
-    backend = "dense" if max(q_BLKS.shape[1], k_BMKS.shape[1]) <= limit else "chunked"
-  run = attend_dense if backend == "dense" else attend_chunked
+  args = (q_BLKS, k_BMKS, v_BMKS, q_segment_BL, k_segment_BM)
+  run, pair = _backend(backend, q_BLKS, k_BMKS, num_segments)
   mesh = jax.sharding.get_abstract_mesh()
   # Axes that are manual already belong to a shard_map around this call.
   axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
   free = {axis: size for axis, size, kind in axes if kind == AxisType.Auto}
   if math.prod(free.values()) > 1:
-    rows = _dividing(q_BLKS.shape[0], ROW_AXES, free)
-    heads = _dividing(q_BLKS.shape[2], HEAD_AXES, free)
-    x, segment = P(rows, None, heads, None), P(rows, None)
-    q_BLKS, k_BMKS, v_BMKS = (_split_by_tokens(x, rows, heads, free) for x in (q_BLKS, k_BMKS, v_BMKS))
+run, in_specs, out_spec = _layout(run, pair, q_BLKS.shape, k_BMKS.shape[1], free)
+    args = (*(_before_exchange(x, in_specs[0], free) for x in args[:3]), *args[3:])
     # check_vma: loop carries start as constants, which that check takes for a mismatch.
-    run = jax.shard_map(
-      run, in_specs=(x, x, x, segment, segment), out_specs=x, axis_names=set(free), check_vma=False
-    )
-  return run(q_BLKS, k_BMKS, v_BMKS, q_segment_BL, k_segment_BM)
+    run = jax.shard_map(run, in_specs=in_specs, out_specs=out_spec, axis_names=set(free), check_vma=False)
+  return run(*args)
 
 
-def _split_by_tokens(
-  x_BLKS: Array, rows: tuple[str, ...], heads: tuple[str, ...], free: dict[str, int]
-) -> Array:
-  """The layout before the exchange, said of each operand lest the product that made q, k and v be split over
-  context by columns: its thirds do not lie where heads do, and cost 6 times the bytes of the exchange.
+def _backend(backend: str, q_BLKS: Array, k_BMKS: Array, num_segments: int):
+  """(the function of a backend, the pair that a ring can be made of)"""
+  longest = max(q_BLKS.shape[1], k_BMKS.shape[1])
+  if backend == "dense" or (backend == "auto" and longest <= DENSE_UP_TO):
+    return attend_dense, DENSE
+  if backend in ("auto", "gpu") and not attention_gpu.refusal(q_BLKS.dtype, q_BLKS.shape[-1], num_segments):
+    return functools.partial(attention_gpu.attend_cudnn, num_segments=num_segments), chunked()
+  pair = tpu() if backend == "tpu" else chunked()
+  if backend == "auto":
+    pair = _by_platform(longest <= DENSE_UP_TO_ON_GPU)
+  return functools.partial(attend_with, pair), pair
+
+
+@functools.cache
+def _by_platform(short: bool) -> Pair:
+  """Picks when the program is lowered: what compiles ahead of time for a TPU on a CPU is then the kernel."""
+
+  def pick(method):
+    choices = {
+      "tpu": getattr(tpu(), method),
+      "cuda": getattr(DENSE if short else chunked(), method),
+      "default": getattr(chunked(), method),
+    }
+
+    def run(*args):
+      *arrays, dtype = args
+      return jax.lax.platform_dependent(
+        *arrays, **{name: functools.partial(_with_dtype, f, dtype) for name, f in choices.items()}
+      )
+
+    return run
+
+  return Pair(pick("forward"), pick("backward"))
+
+
+def _with_dtype(run, dtype, *args):
+  return run(*args, dtype)
+
+
+def _layout(run, pair: Pair, shape, num_keys: int, free: dict[str, int]):
+  """(function of a shard, specs of its arguments, spec of its result)"""
+  rows, tensor = _dividing(shape[0], ROW_AXES, free), _dividing(shape[2], ("tensor",), free)
+  tokens, context = shape[1], free.get("context", 1)
+  heads = shape[2] // math.prod(free[axis] for axis in tensor)
+  spread, whole, segment = P(rows, "context", tensor, None), P(rows, None, tensor, None), P(rows, None)
+  if context > 1 and tokens % context == 0:
+    if num_keys < tokens:
+      return run, (spread, whole, whole, P(rows, "context"), segment), spread
+    if heads % context and num_keys == tokens:
+      ulysses, ring = attention_context.split(context, heads)
+      run = functools.partial(attention_context.attend_ring, pair, "context", ulysses, ring)
+      return run, (spread, spread, spread, segment, segment), spread
+  # Tensor first: heads that tensor parallelism has split already then move within a context group only.
+  x = P(rows, None, _dividing(shape[2], ("tensor", "context"), free), None)
+  return run, (x, x, x, segment, segment), x
+
+
+def _before_exchange(x_BLKS: Array, spec: P, free: dict[str, int]) -> Array:
+  """Says of q, k and v that their tokens are split over context until they are exchanged for heads.
+
+  Else the partitioner splits the product that made all three over context by its columns; their thirds do not
+  lie where the heads do, and moving them there costs six times the bytes of the exchange.
   """
-  context = "context" if x_BLKS.shape[1] % free.get("context", 1) == 0 and "context" in free else None
-  return jax.lax.with_sharding_constraint(x_BLKS, P(rows, context, "tensor" if "tensor" in heads else None))
+  rows, _, heads, _ = spec
+  if "context" not in (heads or ()) or free["context"] == 1 or x_BLKS.shape[1] % free["context"]:
+    return x_BLKS
+  kept = tuple(axis for axis in heads if axis != "context")
+  return jax.lax.with_sharding_constraint(x_BLKS, P(rows, "context", kept, None))
 
 
 def _dividing(size: int, axes: tuple[str, ...], free: dict[str, int]) -> tuple[str, ...]:

@@ -12,16 +12,16 @@ import functools
 import math
 
 import jax
-import jax.ad_checkpoint
 import jax.numpy as jnp
 from jax import lax
 
+from sora_jax.nn.attention_pair import LOWEST, Pair, attend_with
 from sora_jax.types import PADDING, Array
 
-# Finite stand-ins for minus infinity. A masked score lies below the initial running maximum, hence
-# exp(score - maximum) is exactly 0 even for a query that has met no key yet.
+BLOCK_Q, BLOCK_K = 256, 512
+# A finite stand-in for minus infinity, below the initial running maximum LOWEST: exp(score - maximum) is
+# exactly 0 even for a query that has met no key yet.
 _MASKED = -1e30
-_LOWEST = -1e29
 
 
 def key_ranges(q_segment_BL: Array, k_segment_BM: Array, block_q: int) -> tuple[Array, Array]:
@@ -56,31 +56,27 @@ def attend_chunked(
   q_segment_BL: Array,
   k_segment_BM: Array,
   *,
-  block_q: int = 256,
-  block_k: int = 512,
+  block_q: int = BLOCK_Q,
+  block_k: int = BLOCK_K,
 ) -> Array:
   """Attention within segments; a query without keys (padding included) yields 0 and has no gradient."""
-  block_q = min(block_q, _round_up(q_BLKS.shape[1], 8))
-  block_k = min(block_k, _round_up(k_BMKS.shape[1], 8))
-  return _attend(q_BLKS, k_BMKS, v_BMKS, q_segment_BL, k_segment_BM, block_q, block_k)
+  return attend_with(chunked(block_q, block_k), q_BLKS, k_BMKS, v_BMKS, q_segment_BL, k_segment_BM)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(q_BLKS, k_BMKS, v_BMKS, q_segment_BL, k_segment_BM, block_q, block_k):
-  return _forward(q_BLKS, k_BMKS, v_BMKS, q_segment_BL, k_segment_BM, block_q, block_k)[0]
+@functools.cache
+def chunked(block_q: int = BLOCK_Q, block_k: int = BLOCK_K) -> Pair:
+  """The backend at a size of tile, the same object for the same size."""
+  sizes = {"block_q": block_q, "block_k": block_k}
+  return Pair(functools.partial(_forward, **sizes), functools.partial(_backward, **sizes))
 
 
-def _attend_fwd(q_BLKS, k_BMKS, v_BMKS, q_segment_BL, k_segment_BM, block_q, block_k):
-  o_BLKS, lse_BKL = _forward(q_BLKS, k_BMKS, v_BMKS, q_segment_BL, k_segment_BM, block_q, block_k)
-  # Named here, inside the rule, so that a remat policy which saves them drops the forward loop from the
-  # backward pass.
-  o_BLKS = jax.ad_checkpoint.checkpoint_name(o_BLKS, "attention_o")
-  lse_BKL = jax.ad_checkpoint.checkpoint_name(lse_BKL, "attention_lse")
-  return o_BLKS, (q_BLKS, k_BMKS, v_BMKS, q_segment_BL, k_segment_BM, o_BLKS, lse_BKL)
+def _clip(q_BLKS, k_BMKS, block_q, block_k):
+  return min(block_q, _round_up(q_BLKS.shape[1], 8)), min(block_k, _round_up(k_BMKS.shape[1], 8))
 
 
-def _forward(q_BLKS, k_BMKS, v_BMKS, q_segment_BL, k_segment_BM, block_q, block_k):
+def _forward(q_BLKS, k_BMKS, v_BMKS, q_segment_BL, k_segment_BM, dtype, *, block_q, block_k):
   B, L, K, S = q_BLKS.shape
+  block_q, block_k = _clip(q_BLKS, k_BMKS, block_q, block_k)
   q = _heads_first(q_BLKS, q_segment_BL, -L % block_q)
   k_pad = _key_padding(k_BMKS.shape[1], block_k)
   k, v = (_heads_first(x, k_segment_BM, k_pad) for x in (k_BMKS, v_BMKS))
@@ -105,7 +101,7 @@ def _forward(q_BLKS, k_BMKS, v_BMKS, q_segment_BL, k_segment_BM, block_q, block_
 
     # Softmax statistics and sums in fp32: they run over the whole sample.
     start_carry = (
-      jnp.full((K, block_q), _LOWEST, jnp.float32),
+      jnp.full((K, block_q), LOWEST, jnp.float32),
       jnp.zeros((K, block_q), jnp.float32),
       jnp.zeros((K, block_q, S), jnp.float32),
     )
@@ -113,23 +109,26 @@ def _forward(q_BLKS, k_BMKS, v_BMKS, q_segment_BL, k_segment_BM, block_q, block_
     live = total > 0
     safe_total = jnp.where(live, total, 1.0)
     o = jnp.where(live[..., None], o / safe_total[..., None], 0.0)
-    lse = jnp.where(live, maximum + jnp.log(safe_total), 0.0)
-    return None, (o.astype(q_BLKS.dtype), lse)
+    lse = jnp.where(live, maximum + jnp.log(safe_total), LOWEST)
+    return None, (o.astype(dtype), lse)
 
   _, (o, lse) = lax.scan(query_block, None, _tile_list(first, length, block_q))
-  return _tokens_first(o, B, L), lse.reshape(B, -1, K, block_q).transpose(0, 2, 1, 3).reshape(B, K, -1)
+  lse_BKL = lse.reshape(B, -1, K, block_q).transpose(0, 2, 1, 3).reshape(B, K, -1)[..., :L]
+  return _tokens_first(o, B, L), lse_BKL
 
 
-def _attend_bwd(block_q, block_k, residuals, do_BLKS):
-  q_BLKS, k_BMKS, v_BMKS, q_segment_BL, k_segment_BM, o_BLKS, lse_BKL = residuals
+def _backward(
+  q_BLKS, k_BMKS, v_BMKS, q_segment_BL, k_segment_BM, do_BLKS, lse_BKL, delta_BKL, dtype, *, block_q, block_k
+):
   B, L, K, S = q_BLKS.shape
   M = k_BMKS.shape[1]
-  q, do, o = (_heads_first(x, q_segment_BL, -L % block_q) for x in (q_BLKS, do_BLKS, o_BLKS))
+  block_q, block_k = _clip(q_BLKS, k_BMKS, block_q, block_k)
+  q, do = (_heads_first(x, q_segment_BL, -L % block_q) for x in (q_BLKS, do_BLKS))
+  lse_BKL, delta_BKL = (jnp.pad(x, ((0, 0), (0, 0), (0, -L % block_q))) for x in (lse_BKL, delta_BKL))
   k_pad = _key_padding(k_BMKS.shape[1], block_k)
   k, v = (_heads_first(x, k_segment_BM, k_pad) for x in (k_BMKS, v_BMKS))
   q_segment, k_segment = _pad(q_segment_BL, -L % block_q), _pad(k_segment_BM, k_pad)
   first, length = _ranges(q_segment_BL, k_segment_BM, block_q, block_k)
-  delta_BKL = (do.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1)
 
   def query_block(carry, tile):
     row, start, first_key, num_keys = tile
@@ -154,16 +153,13 @@ def _attend_bwd(block_q, block_k, residuals, do_BLKS):
 
     dq0 = jnp.zeros((K, block_q, S), jnp.float32)
     dq, dk, dv = lax.fori_loop(0, (num_keys + block_k - 1) // block_k, chunk, (dq0, *carry))
-    return (dk, dv), dq.astype(q.dtype)
+    return (dk, dv), dq.astype(dtype)
 
   # Sums over query blocks: fp32 so that bf16 inputs lose nothing on the way.
   zeros = jnp.zeros((B, K, M + k_pad, S), jnp.float32)
   (dk, dv), dq = lax.scan(query_block, (zeros, zeros), _tile_list(first, length, block_q))
-  dk, dv = (x[:, :, :M].transpose(0, 2, 1, 3).astype(k_BMKS.dtype) for x in (dk, dv))
-  return _tokens_first(dq, B, L), dk, dv, None, None
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
+  dk, dv = (x[:, :, :M].transpose(0, 2, 1, 3).astype(dtype) for x in (dk, dv))
+  return _tokens_first(dq, B, L), dk, dv
 
 
 def _key_padding(num_keys, block_k):

@@ -51,6 +51,13 @@ def scalars_over_processes(*values: float) -> list[float]:
   return [float(v) for v in multihost_utils.process_allgather(np.asarray(values, np.float32)).sum(0)]
 
 
+def over_processes(x: np.ndarray) -> np.ndarray:
+  """The array of every process, stacked; a collective."""
+  if jax.process_count() == 1:
+    return x[None]
+  return multihost_utils.process_allgather(x.astype(np.float32))
+
+
 def preempted(step: int, local: bool) -> bool:
   """Whether any process was told to stop; several processes agree on the step."""
   if jax.process_count() == 1:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from jax.sharding import Mesh
 
 from sora_jax.models.dit import DiTConfig
@@ -98,7 +99,7 @@ def rehearse(
 
 def _counts(setup: Setup, model: DiTConfig, counted: Counted, mode: str, spec: BatchSpec) -> dict[str, Any]:
   # A sampling step runs the network forward alone, on both sides of the guidance.
-  flops = setup.task.flops_fn(counted.batch)
+  flops = float(np.sum(setup.task.flops_fn(counted.batch)))
   return {
     "tokens": counted.tokens,
     "samples": counted.samples,

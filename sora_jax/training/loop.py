@@ -203,7 +203,7 @@ class _Feed:
       batch = next(self.batches, None)
     if batch is None:
       raise ValueError("the training data ended before train.num_steps; an endless stream is expected")
-    stats = metrics.HostStats.of(batch, float(self.setup.task.flops_fn(batch)))
+    stats = metrics.HostStats.of(batch, self.setup.task.flops_fn(batch))
     self.held = multihost.to_global(batch, self.shardings, self.rows), stats
 
   def take(self) -> tuple[TokenBatch, metrics.HostStats]:

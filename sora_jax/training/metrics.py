@@ -12,6 +12,8 @@ import jax
 import numpy as np
 import tensorboardX
 
+from sora_jax.nn import attention_tpu
+from sora_jax.nn.attention_tiles import count_live
 from sora_jax.parallel import multihost
 from sora_jax.types import NO_SAMPLE, Sums, TokenBatch
 
@@ -25,15 +27,26 @@ class HostStats:
   samples: int
   unreadable: int
   flops: float
+  live_tiles: int  # of self-attention at the TPU kernel's block size
+  tiles: int
+  rows: int
+  dearest_row: float  # FLOPs; 0 where they are not known by row
 
   @staticmethod
-  def of(batch: TokenBatch, flops: float) -> "HostStats":
+  def of(batch: TokenBatch, flops: float | np.ndarray) -> "HostStats":
+    """`flops` of the batch, or of each row."""
+    blocks = attention_tpu.blocks_for()
+    live_tiles, tiles = count_live(batch.segment_BL, blocks.q, blocks.k)
     return HostStats(
       tokens=int((batch.segment_BL > 0).sum()),
       slots=batch.segment_BL.size,
       samples=int((batch.sample_id_BN != NO_SAMPLE).sum()),
       unreadable=int(batch.unreadable_B.sum()),
-      flops=flops,
+      flops=float(np.sum(flops)),
+      live_tiles=live_tiles,
+      tiles=tiles,
+      rows=len(batch.segment_BL),
+      dearest_row=float(np.max(flops)) if np.ndim(flops) else 0.0,
     )
 
 
@@ -58,6 +71,7 @@ class Window:
   def reset(self) -> None:
     self.start, self.wait_s, self.steps, self.sums = time.monotonic(), 0.0, 0, None
     self.grad_norm, self.last, self.stats = 0.0, {}, np.zeros(len(dataclasses.fields(HostStats)))
+    self.costs = []  # of each step: dearest row, all rows, number of rows
 
   @contextlib.contextmanager
   def aside(self):
@@ -79,13 +93,14 @@ class Window:
       self.grad_norm = max(self.grad_norm, float(scalars["grad_norm"]))
     self.last = scalars
     self.stats += dataclasses.astuple(stats)
+    self.costs.append((stats.dearest_row, stats.flops, stats.rows))
     self.steps += 1
 
   def report(self) -> dict[str, float]:
     """Metrics of the window; a collective."""
     elapsed = max(time.monotonic() - self.start, 1e-9)
     totals = multihost.scalars_over_processes(*self.stats, self.wait_s)
-    tokens, slots, samples, unreadable, flops, wait_s = totals
+    tokens, slots, samples, unreadable, flops, live_tiles, tiles, *_, wait_s = totals
     out = means(self.sums or {})
     out |= {
       "grad_norm": self.grad_norm,
@@ -98,7 +113,13 @@ class Window:
       "unreadable": unreadable,
       "flops_per_s": flops / elapsed,
       "data_wait": wait_s / jax.process_count() / elapsed,
+      "live_tiles": live_tiles / self.steps,
+      "live_tile_share": live_tiles / max(tiles, 1),
     }
+    costs = multihost.over_processes(np.asarray(self.costs))
+    dearest, total, rows = costs[..., 0].max(0), costs[..., 1].sum(0), costs[..., 2].sum(0)
+    if (dearest > 0).any():
+      out["cost_imbalance"] = float(np.mean((dearest * rows / total)[dearest > 0]))
     if self.peak:
       out["mfu"] = out["flops_per_s"] / self.peak
     self.reset()
