@@ -121,19 +121,19 @@ def test_matmul_flops_multiply_scans():
 def test_live_tiles_are_those_of_a_mask():
   lengths = np.array([300, 1000, 512, 40])
   segment = np.repeat(np.arange(4), lengths)
-  blocks = -(-len(segment) // mix.TILE)
+  q, k = 256, 512
   live = sum(
-    bool({*segment[i * mix.TILE :][: mix.TILE]} & {*segment[j * mix.TILE :][: mix.TILE]})
-    for i in range(blocks)
-    for j in range(blocks)
-  )  # fmt: skip
-  assert mix.live_tiles(lengths) == live
+    bool({*segment[i : i + q]} & {*segment[j : j + k]})
+    for i in range(0, len(segment), q)
+    for j in range(0, len(segment), k)
+  )
+  assert mix.live_tiles(lengths, q, k) == live
 
 
 @pytest.mark.parametrize("name", mix.MIXES)
 def test_mixes_fill_their_rows(name):
   spec = BatchSpec(rows=4, tokens=262_144, channels=3072, samples=256, text_tokens=1024)
-  counted = mix.count(name, spec, (4, 16, 16), width=6144)
+  counted = mix.count(name, spec, (4, 16, 16), width=6144, tile=(512, 512))
   assert counted.tokens > 0.9 * 4 * 262_144
   assert counted.live_tiles < 0.5 * counted.all_tiles and counted.row_imbalance < 1.3
 
@@ -252,7 +252,8 @@ def test_flag_sets_are_kept_apart_by_generation():
 
 def test_flags_are_printed_on_one_line_without_jax():
   program_text = (
-    "import sys; sys.argv = ['x', '--generation=v5p']; from absl import flags; import sora_jax.xla_flags as m; "
+    "import sys; sys.argv = ['x', '--generation=v5p']; from absl import flags; "
+    "import sora_jax.xla_flags as m; "
     "flags.FLAGS(sys.argv); code = m.main(['x']); sys.exit(code or 'jax' in sys.modules)"
   )
   done = subprocess.run([sys.executable, "-c", program_text], capture_output=True, text=True, cwd=ROOT)

@@ -62,7 +62,7 @@ def attend(
   axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
   free = {axis: size for axis, size, kind in axes if kind == AxisType.Auto}
   if math.prod(free.values()) > 1:
-run, in_specs, out_spec = _layout(run, pair, q_BLKS.shape, k_BMKS.shape[1], free)
+    run, in_specs, out_spec = _layout(run, pair, q_BLKS.shape, k_BMKS.shape[1], free)
     args = (*(_before_exchange(x, in_specs[0], free) for x in args[:3]), *args[3:])
     # check_vma: loop carries start as constants, which that check takes for a mismatch.
     run = jax.shard_map(run, in_specs=in_specs, out_specs=out_spec, axis_names=set(free), check_vma=False)

@@ -9,8 +9,6 @@ from sora_jax.packing import geometry, plan
 from sora_jax.packing.geometry import ClipSpec, Patch
 from sora_jax.types import BatchSpec, TokenBatch
 
-TILE = 512  # queries and keys of a tile of attention, as the TPU kernel walks them
-
 # name -> (share of the samples, frames, height, width); clips of 16 frames per second.
 MIXES = {
   "256px": ((0.5, 1, 256, 256), (0.3, 16, 256, 256), (0.2, 64, 256, 256)),
@@ -26,6 +24,7 @@ class Counted:
   """The step's batch by its sizes alone, and what its attention costs."""
 
   batch: TokenBatch  # only grids and text segments are filled
+  tile: tuple[int, int]  # queries and keys of a tile
   tokens: int  # real ones
   samples: int
   live_tiles: int  # of all rows, one layer
@@ -33,7 +32,7 @@ class Counted:
   row_imbalance: float  # cost of the dearest row over the mean, a = 24 d sum(l) + 4 sum(l^2)
 
 
-def count(name: str, spec: BatchSpec, patch: Patch, *, width: int) -> Counted:
+def count(name: str, spec: BatchSpec, patch: Patch, *, width: int, tile: tuple[int, int]) -> Counted:
   """Packs samples of the mix into `spec.rows` rows; those that no row holds are left out of the mix."""
   if name not in MIXES:
     raise ValueError(f"config.rehearse.mix = {name!r} is none of {', '.join(MIXES)}")
@@ -54,10 +53,10 @@ def count(name: str, spec: BatchSpec, patch: Patch, *, width: int) -> Counted:
   rows = plan.plan_window(lengths[drawn], row_tokens=spec.tokens, max_samples=spec.samples, cost=cost)
   # The last rows of a window are its remainder; a long run has none.
   rows = rows[: spec.rows]
-  return _counted(spec, [[grids[drawn[i]] for i in row] for row in rows], cost)
+  return _counted(spec, [[grids[drawn[i]] for i in row] for row in rows], cost, tile)
 
 
-def _counted(spec: BatchSpec, rows: list[list], cost: tuple[float, float]) -> Counted:
+def _counted(spec: BatchSpec, rows: list[list], cost: tuple[float, float], tile: tuple[int, int]) -> Counted:
   grid_BN3 = np.zeros((spec.rows, spec.samples, 3), np.int32)
   text_segment_BM = np.zeros((spec.rows, spec.text_tokens), np.int32)
   live, costs = 0, []
@@ -66,26 +65,27 @@ def _counted(spec: BatchSpec, rows: list[list], cost: tuple[float, float]) -> Co
     each = spec.text_tokens // len(row)
     text_segment_BM[b, : each * len(row)] = np.repeat(np.arange(1, len(row) + 1), each)
     lengths = np.prod(np.array(row, np.int64), axis=-1)
-    live += live_tiles(lengths)
+    live += live_tiles(lengths, *tile)
     costs.append(cost[0] * lengths.sum() + cost[1] * (lengths**2).sum())
   real = np.prod(grid_BN3.astype(np.int64), axis=-1)
   return Counted(
     batch=dataclasses.replace(spec.zeros(rows=0), grid_BN3=grid_BN3, text_segment_BM=text_segment_BM),
+    tile=tile,
     tokens=int(real.sum()),
     samples=int((real > 0).sum()),
     live_tiles=live,
-    all_tiles=spec.rows * math.ceil(spec.tokens / TILE) ** 2,
+    all_tiles=spec.rows * math.prod(math.ceil(spec.tokens / n) for n in tile),
     row_imbalance=max(costs) / (sum(costs) / len(costs)),
   )
 
 
-def live_tiles(lengths: np.ndarray) -> int:
+def live_tiles(lengths: np.ndarray, block_q: int, block_k: int) -> int:
   """Tiles of one row that hold a pair of tokens of one sample."""
   stops = np.cumsum(lengths)
   starts = stops - lengths
   total = 0
-  for block in range(0, int(stops[-1]), TILE):
+  for block in range(0, int(stops[-1]), block_q):
     # The samples of a block of queries are contiguous, and so are their keys.
-    inside = (starts < block + TILE) & (stops > block)
-    total += -(-int(stops[inside].max()) // TILE) - int(starts[inside].min()) // TILE
+    inside = (starts < block + block_q) & (stops > block)
+    total += -(-int(stops[inside].max()) // block_k) - int(starts[inside].min()) // block_k
   return total

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from sora_jax import generate
 from sora_jax.diffusion.objectives import ObjectiveConfig
 from sora_jax.generate import SampleConfig
-from sora_jax.nn import attention
+from sora_jax.nn import attention, attention_chunked, attention_tpu
 from sora_jax.tasks import registry
 from sora_jax.training import loop
 from sora_jax.training import state as state_lib
@@ -44,6 +44,14 @@ def resolve_attention(config: ml_collections.ConfigDict) -> None:
   """ "auto" asks for the platform of this process, which is not that of the topology."""
   if config.model.attention == "auto":
     config.model.attention = "tpu" if "tpu" in attention.BACKENDS else "chunked"
+
+
+def attention_tile(backend: str, mesh: Mesh) -> tuple[int, int]:
+  """Queries and keys of a tile on the devices of the mesh."""
+  if backend != "tpu":
+    return attention_chunked.BLOCK_Q, attention_chunked.BLOCK_K
+  blocks = attention_tpu.blocks_for(mesh.devices.flat[0].device_kind)
+  return blocks.q, blocks.k
 
 
 def make_setup(config: ml_collections.ConfigDict, spec: BatchSpec, mesh: Mesh) -> Setup:

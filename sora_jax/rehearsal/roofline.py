@@ -17,7 +17,7 @@ from sora_jax.models.dit import DiTConfig
 from sora_jax.parallel.peaks import Chip
 from sora_jax.rehearsal import topology as topology_lib
 from sora_jax.rehearsal.collectives import Collective
-from sora_jax.rehearsal.mix import TILE, Counted
+from sora_jax.rehearsal.mix import Counted
 from sora_jax.rehearsal.topology import Topology
 
 # Matrix products of attention on a tile: scores and values; backward, scores again and four gradients' worth.
@@ -52,7 +52,7 @@ def tile_flops(config: DiTConfig, counted: Counted, *, train: bool) -> float:
     # These policies keep what attention put out; the others run its forward pass again.
     again = 0 if config.remat in ("none", "dots", "attention") else _FORWARD
     passes = _FORWARD + _BACKWARD + again
-  return 2.0 * passes * counted.live_tiles * TILE**2 * config.width * config.depth
+  return 2.0 * passes * counted.live_tiles * math.prod(counted.tile) * config.width * config.depth
 
 
 def matmul_flops(jaxpr) -> float:
