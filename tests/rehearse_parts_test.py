@@ -170,7 +170,7 @@ def test_link_time_of_rings_lines_and_the_network():
       lints.torus(topology.parse("v5p:8x8x8"), {"context": [1, 1, 4, 1, 1]}, {"context": 4}),
       "context = 4 spans 4 of 8 chips .* 8, 64, 512",
     ),
-    (lints.overlap([gather_of(10**10, ("fsdp",), 4)]), "none of 7.5 GB .* xla_flags"),
+    (lints.overlap([gather_of(10**10, ("fsdp",), 4)]), "none of 7.5 GB .*xla_flags"),
     (lints.memory(90 * 2**30, 95 * 2**30), "needs 90.0 GiB .* 95% of its 95.0 GiB.*remat"),
     (lints.batch(48, 1, {"replica": 1, "fsdp": 32}), "data.rows = 48 .* make data.rows 32 or 64"),
     (lints.tokens(1000, {"context": 16}), "make it a multiple of 16"),

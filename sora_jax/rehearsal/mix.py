@@ -50,9 +50,13 @@ def count(name: str, spec: BatchSpec, patch: Patch, *, width: int, tile: tuple[i
   num = math.ceil(1.3 * spec.rows * min(spec.tokens / mean, spec.samples)) + 1
   drawn = np.searchsorted(np.cumsum(shares) / sum(shares), plan.uniform(0, np.arange(num)), side="right")
   cost = (24.0 * width, 4.0)
-  rows = plan.plan_window(lengths[drawn], row_tokens=spec.tokens, max_samples=spec.samples, cost=cost)
-  # The last rows of a window are its remainder; a long run has none.
-  rows = rows[: spec.rows]
+  # As many samples as these rows hold.
+  num = min(num, int(np.searchsorted(np.cumsum(lengths[drawn]), spec.rows * spec.tokens, side="right")))
+  while True:
+    rows = plan.plan_window(lengths[drawn[:num]], row_tokens=spec.tokens, max_samples=spec.samples, cost=cost)
+    if len(rows) <= spec.rows:
+      break
+    num = int(0.99 * num)
   return _counted(spec, [[grids[drawn[i]] for i in row] for row in rows], cost, tile)
 
 

@@ -25,7 +25,7 @@ from sora_jax.training import step as step_lib
 from sora_jax.training.state import Setup
 from sora_jax.types import BatchSpec
 
-# Least effort of the compiler on speed: compiles 2 to 4 times faster, moves peak memory by a few per cent, and
+# Least effort of the compiler on speed: compiles 2 to 4 times faster, moves peak memory by a few per cent and
 # leaves all collectives in sequence, so that nothing can be said of their overlap.
 FAST = -1.0
 
@@ -76,7 +76,8 @@ def rehearse(
   found += lints.shard_rows(program.state_shards(setup), mesh_shape=shape)
   result = {
     "config": name, "mode": mode, "topology": f"{at.name}*{at.num_slices}" if at.num_slices > 1 else at.name,
-    "devices": mesh.size, "mesh": shape, "params": setup.num_params, "attention": model.attention, "tile": tile,
+    "devices": mesh.size, "mesh": shape, "params": setup.num_params, "attention": model.attention,
+    "tile": tile,
     "remat": model.remat, "mix": config.rehearse.mix, "rows": spec.rows, "row_tokens": spec.tokens,
     "versions": {p: importlib.metadata.version(p) for p in ("jax", "libtpu")}, "effort": effort,
     "hbm_limit_bytes": at.chip.hbm_bytes,
