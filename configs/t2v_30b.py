@@ -6,13 +6,15 @@ python -m sora_jax.rehearse --config=configs/t2v_30b.py
 Hardware: v5p:8x8x8 (512 chips), or two such slices, each holding all parameters: then gradients alone cross
 the network between them. Not run on hardware; rehearsed: see docs/results.md.
 
-Trains on pixels with the geometry of latents, as configs/t2v_700m.py says. Preset "debug": a tiny one for a
-CPU.
+Trains on pixels with the geometry of latents, as configs/t2v_700m.py says. Presets: "two_slices",
+and "debug", a tiny one for a CPU.
 """
 
 import ml_collections
 
 from configs import common
+
+PODS = ("", "two_slices")  # presets that rehearse --all compiles
 
 
 def get_config(preset: str = "") -> ml_collections.ConfigDict:
@@ -21,7 +23,7 @@ def get_config(preset: str = "") -> ml_collections.ConfigDict:
   config.model.width, config.model.depth, config.model.heads = 6144, 36, 48
   config.model.patch_bottleneck = 1024
   config.text.width, config.text.heads = 1024, 8
-  config.data.rows = 128
+  config.data.rows = 64
   config.data.row_tokens = 262_144
   config.data.row_samples = 128
   config.data.row_text_tokens = 4096
@@ -29,5 +31,9 @@ def get_config(preset: str = "") -> ml_collections.ConfigDict:
   config.mesh.replica = -1  # one a slice
   config.mesh.fsdp = 64  # two dims of the torus
   config.mesh.context = 8  # the third
-  config.rehearse.topologies = ("v5p:8x8x8", "v5p:8x8x8*2")
+  config.rehearse.topologies = ("v5p:8x8x8",)
+  if preset == "two_slices":
+    config.data.rows = 128
+    config.rehearse.topologies = ("v5p:8x8x8*2",)
+    return config
   return common.debug(config, preset, __file__)

@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
       results.append(result)
       print(report.table(result) if "times" in result else report.refusal(result), end="\n\n", flush=True)
       failed |= not result["fits"]
-      failed |= not _golden(result, f"{Path(name).stem}_{at.key}_{FLAGS.mode}.json")
+      failed |= not _golden(result, f"{Path(name.split(':')[0]).stem}_{at.key}_{FLAGS.mode}.json")
   if FLAGS.json:
     text = json.dumps(results[0] if len(results) == 1 else results, indent=1)
     Path(FLAGS.json).write_text(text + "\n")
@@ -75,7 +75,9 @@ def _configs() -> list[tuple[str, ml_collections.ConfigDict]]:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    found.append((f"configs/{path.name}", module.get_config()))
+    for preset in getattr(module, "PODS", ("",)):
+      name = f"configs/{path.name}" + (f":{preset}" if preset else "")
+      found.append((name, module.get_config(preset)))
   return found
 
 

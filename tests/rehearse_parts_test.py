@@ -219,6 +219,11 @@ def test_running_out_of_memory_is_read_from_the_compilers_words():
   )
   error = program._explained(RuntimeError(text))
   assert error.needed == pytest.approx(150.4 * 2**30) and error.limit == pytest.approx(95.74 * 2**30)
+  text = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (20.13G) "
+  )
+  error = program._explained(RuntimeError(text + "exceeds available HBM (15.75G)."))
+  assert error.needed == pytest.approx(20.13 * 2**30) and error.limit == pytest.approx(15.75 * 2**30)
   unknown = program._explained(RuntimeError("INVALID_ARGUMENT: No such compile option: 'xla_tpu_foo'"))
   assert isinstance(unknown, ValueError) and "xla_tpu_foo" in str(unknown)
 

@@ -91,13 +91,14 @@ def overlap(collectives: Sequence[Collective]) -> list[Lint]:
   ]
 
 
-def memory(peak: float, limit: float) -> list[Lint]:
+def memory(peak: float, limit: float, *, at_least: bool = False) -> list[Lint]:
+  """`at_least`: the compiler gave up at temporaries of this size, to which the arguments come."""
   if peak <= HBM_SHARE * limit:
     return []
   return [
     Lint(
       "memory",
-      f"needs {peak / 2**30:.1f} GiB of HBM per chip, {peak / limit:.0%} of its {limit / 2**30:.1f} GiB, "
+      f"needs {'at least ' * at_least}{peak / 2**30:.1f} GiB of HBM per chip, {peak / limit:.0%} of its {limit / 2**30:.1f} GiB, "
       f"where {HBM_SHARE:.0%} is the most; {MEMORY_REMEDY}",
     )
   ]

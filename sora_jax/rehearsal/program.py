@@ -115,7 +115,9 @@ def _explained(error: Exception) -> Exception:
     return ValueError(f"the compiler does not know an XLA flag: {text.splitlines()[0]}")
   if "RESOURCE_EXHAUSTED" not in text:
     return error
-  sizes = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", text)
+  sizes = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", text) or re.search(
+    r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)", text
+  )
   if not sizes:
     return OutOfMemoryError(float("nan"), float("nan"), text.splitlines()[0])
   unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -94,7 +94,7 @@ def rehearse(
     if math.isnan(error.needed):
       found.append(Lint("memory", f"the compiler ran out of HBM ({error}); {lints.MEMORY_REMEDY}"))
     else:
-      found += lints.memory(error.needed, limit)
+      found += lints.memory(error.needed, limit, at_least=True)
     return _unfit(result, found)
   return _figures(result, found, config, setup, compiled, at, mesh)
 
