@@ -209,8 +209,6 @@ def test_without_the_compiler_one_line_says_what_to_install(monkeypatch):
   monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match=r"pip install '\.\[rehearse\]'"):
     topology.describe(topology.parse("v5e:4x4"))
-  with pytest.raises(ValueError, match=r"pip install '\.\[rehearse-gpu\]'"):
-    topology.describe_gpu(8, "")
 
 
 def test_running_out_of_memory_is_read_from_the_compilers_words():

@@ -98,8 +98,8 @@ def memory(peak: float, limit: float, *, at_least: bool = False) -> list[Lint]:
   return [
     Lint(
       "memory",
-      f"needs {'at least ' * at_least}{peak / 2**30:.1f} GiB of HBM per chip, {peak / limit:.0%} of its {limit / 2**30:.1f} GiB, "
-      f"where {HBM_SHARE:.0%} is the most; {MEMORY_REMEDY}",
+      f"needs {'at least ' * at_least}{peak / 2**30:.1f} GiB of HBM per chip, {peak / limit:.0%} of its "
+      f"{limit / 2**30:.1f} GiB, where {HBM_SHARE:.0%} is the most; {MEMORY_REMEDY}",
     )
   ]
 

@@ -14,9 +14,6 @@ from sora_jax.parallel.peaks import CHIPS, Chip
 
 _NAME = re.compile(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?")
 _NO_LIBTPU = "rehearsing a TPU topology needs libtpu, no TPU: pip install '.[rehearse]' in the clone (large)"
-_NO_CUDA = (
-  "rehearsing a GPU topology needs a CUDA jaxlib, no GPU: pip install '.[rehearse-gpu]' in the clone (5.9 GB)"
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +39,10 @@ def parse(name: str, num_slices: int = 0) -> Topology:
   if not match:
     raise ValueError(f"topology {name!r} is not GENERATION:AxBxC or GENERATION:AxBxC*SLICES, as v5p:8x8x8*2")
   if match[1] not in CHIPS:
-    raise ValueError(f"topology {name!r}: chip generation {match[1]!r} is none of {', '.join(CHIPS)}")
+    raise ValueError(
+      f"topology {name!r}: chip generation {match[1]!r} is none of {', '.join(CHIPS)} "
+      "(GPUs are not rehearsed yet)"
+    )
   chip, dims = CHIPS[match[1]], tuple(int(n) for n in match[2].split("x"))
   if len(dims) != chip.torus_dims or min(dims) < 1:
     raise ValueError(f"topology {name!r}: a {chip.generation} slice has {chip.torus_dims} dims of at least 1")
@@ -64,17 +64,6 @@ def describe(topology: Topology) -> list[jax.Device]:
   except Exception as error:  # of several types, by jax version
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise ValueError(f"libtpu does not take topology {topology.name}: {first}") from error
-  return list(described.devices)
-
-
-def describe_gpu(num_devices: int, target: str) -> Sequence[jax.Device]:
-  """GPUs of a target config (the text of a GpuTargetConfigProto), where a CUDA jaxlib is installed."""
-  if not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
-    raise ValueError(_NO_CUDA)
-  shape = f"1x{max(num_devices // 8, 1)}x{min(num_devices, 8)}"
-  described = topologies.get_topology_desc(
-    platform="cuda", topology_name="", target_config=target, topology=shape
-  )
   return list(described.devices)
 
 
