@@ -147,6 +147,14 @@ def sample() -> ml_collections.ConfigDict:
   return c
 
 
+def rehearse() -> ml_collections.ConfigDict:
+  """sora_jax/rehearsal/run.py RehearseConfig: what sora_jax.rehearse compiles for; training ignores it."""
+  c = ml_collections.ConfigDict()
+  c.topologies = ()
+  c.mix = "480p"
+  return c
+
+
 def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.task = "text_to_video"
@@ -159,4 +167,46 @@ def get_config() -> ml_collections.ConfigDict:
   config.mesh = mesh()
   config.train = train()
   config.sample = sample()
+  config.rehearse = rehearse()
+  return config
+
+
+def pod() -> ml_collections.ConfigDict:
+  """What the configs for slices of many chips share."""
+  config = get_config()
+  config.model.dtype = "bfloat16"
+  config.model.remat = "full"
+  config.text.vocab_size = 32_768
+  config.text.max_tokens = 128
+  config.text.depth = 4
+  # Pixels in the geometry of latents: 4 frames x 8 x 8 pixels compressed to one, in patches of 1 x 2 x 2.
+  config.data.patch = (4, 16, 16)
+  config.diffusion.prediction = "x0"
+  config.diffusion.shift = 3.0
+  config.data.given_probability = 0.2
+  config.data.num_eval = 64
+  config.optimizer.warmup_steps = 2000
+  config.optimizer.weight_decay = 0.01
+  config.optimizer.ema_decay = 0.9999
+  config.train.num_steps = 200_000
+  config.train.log_every = 20
+  config.train.save_every = 1000
+  return config
+
+
+def debug(config: ml_collections.ConfigDict, preset: str, file: str) -> ml_collections.ConfigDict:
+  """`config` of a pod, or, for the preset "debug", with the sizes that two CPU cores train in seconds."""
+  if preset not in ("", "debug"):
+    raise ValueError(f"{file} has no preset {preset!r}; presets: debug")
+  if preset == "debug":
+    config.model.width, config.model.depth, config.model.heads = 32, 2, 2
+    config.model.patch_bottleneck = 16
+    config.text.width, config.text.depth, config.text.heads, config.text.max_tokens = 16, 1, 2, 16
+    config.data.rows, config.data.row_tokens, config.data.row_samples = 8, 32, 4
+    config.data.row_text_tokens, config.data.num_samples, config.data.num_eval = 64, 100, 4
+    config.mesh.replica, config.mesh.fsdp, config.mesh.context = 1, -1, 1
+    config.train.num_steps = config.train.log_every = 2
+    config.train.save_every = 0
+    config.sample.num_inference_steps = config.sample.num_samples = 2
+    config.rehearse.topologies = ()
   return config

@@ -86,3 +86,19 @@ prepare_environment() {
   export PYTHON
   export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 }
+
+# What compiles for a TPU slice without one, for tests and rehearsals; the quickstart does without (200 MB).
+prepare_rehearsal() {
+  local pins
+  if "$PYTHON" -c 'import libtpu' 2>/dev/null; then
+    return
+  fi
+  pins="$("$PYTHON" -c 'import sys; print("'"$ROOT"'/launch/requirements/rehearse_py%d%d.txt" % sys.version_info[:2])')"
+  if [[ -n "${SORA_JAX_PYTHON:-}" || ! -f "$pins" ]]; then
+    echo "note: libtpu is not installed; rehearsals of TPU slices are skipped" >&2
+    return
+  fi
+  echo "installing libtpu into $VENV" >&2
+  "$PYTHON" -m pip install -qq --disable-pip-version-check -r "$pins" ||
+    echo "note: libtpu could not be installed; rehearsals of TPU slices are skipped" >&2
+}

@@ -17,6 +17,8 @@ elif [[ "${1:-}" == --help ]]; then
 fi
 
 prepare_environment
+prepare_rehearsal
+export JAX_PLATFORMS=cpu # libtpu is there to compile, not to find a TPU
 if "$PYTHON" -c 'import xdist' 2>/dev/null; then
   options+=(-n 2 --dist loadfile)
 fi

@@ -263,3 +263,22 @@ def _denoise(
     clean_BLC=batch.tokens_BLC,
   )
   return z if mesh.empty else jax.lax.with_sharding_constraint(z, P())
+
+
+def lower_denoiser(
+  model: nnx.Module, batch: TokenBatch, *, config: SampleConfig, diffusion: ObjectiveConfig
+) -> jax.stages.Lowered:
+  """The sampler's program for a model and a batch of shapes alone; run it under `jax.set_mesh`."""
+  graphdef, state = nnx.split(model)
+  rows, slots = batch.grid_BN3.shape[:2]
+  return _denoise.lower(
+    graphdef,
+    state,
+    batch,
+    batch if config.guidance_scale != 1.0 else None,
+    jax.ShapeDtypeStruct((rows, slots, 2), jnp.uint32),
+    jax.ShapeDtypeStruct((), jnp.float32),
+    diffusion=diffusion,
+    method=config.sampler,
+    num_steps=config.num_inference_steps,
+  )

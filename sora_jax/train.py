@@ -37,7 +37,7 @@ from sora_jax.training.optimizer import OptimizerConfig
 FLAGS = flags.FLAGS
 DATA = "data_fingerprint.txt"
 SECTIONS = {
-  "model", "text", "diffusion", "data", "optimizer", "mesh", "train", "sample", "task", "seed",
+  "model", "text", "diffusion", "data", "optimizer", "mesh", "train", "sample", "rehearse", "task", "seed",
 }  # fmt: skip
 # How the network is computed may change between starts of a run; what it is may not.
 COMPUTE = ("dtype", "remat", "attention")

@@ -13,6 +13,7 @@ from sora_jax.diffusion.objectives import ObjectiveConfig
 from sora_jax.generate import SampleConfig
 from sora_jax.models.dit import DiTConfig
 from sora_jax.parallel.mesh import MeshConfig
+from sora_jax.rehearsal.run import RehearseConfig
 from sora_jax.tasks.registry import section
 from sora_jax.training.loop import TrainConfig
 from sora_jax.training.optimizer import OptimizerConfig
@@ -26,10 +27,15 @@ SECTIONS = {
   "mesh": MeshConfig,
   "train": TrainConfig,
   "sample": SampleConfig,
+  "rehearse": RehearseConfig,
 }
 SET_ELSEWHERE = {"train": {"seed"}}  # config.seed
 FOLDER = Path(__file__).parent.parent / "configs"
-PRESETS = {"quickstart.py": ("", "own_data", "debug")}
+PRESETS = {
+  "quickstart.py": ("", "own_data", "debug"),
+  **{f"t2v_{size}.py": ("", "debug") for size in ("700m", "5b")},
+  "t2v_30b.py": ("", "two_slices", "debug"),
+}
 
 
 def test_common_names_every_key():

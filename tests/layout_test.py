@@ -26,8 +26,9 @@ LEVELS = {
   "sora_jax.scaling": 3,
   "sora_jax.safety": 3,
   "sora_jax.generate": 4,
+  "sora_jax.rehearsal": 5,  # compiles what training and generate make
 }
-MAIN_LEVEL = 5  # any other file of sora_jax; only these may import data_pipelines
+MAIN_LEVEL = 6  # any other file of sora_jax; only these may import data_pipelines
 DATA_MAX_LEVEL = 1  # data_pipelines imports sora_jax up to here
 BASES = {
   "nnx.Module", "NamedTuple", "Protocol", "enum.Enum", "enum.StrEnum", "Enum", "Exception", "ValueError",

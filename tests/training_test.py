@@ -34,7 +34,9 @@ ONE = MeshConfig(fsdp=1)
 def run(task, data, *, mesh=ONE, num_devices=1, steps=5, accumulate=1, optimizer=OPTIMIZER):
   """(losses, final state on the host) of the bare step."""
   mesh = make_mesh(mesh, jax.devices()[:num_devices])
-  setup = make_setup(task, optimizer=optimizer, num_steps=steps, mesh=mesh, seed=0, rules=Rules(small=0))
+  setup = make_setup(
+    task, optimizer=optimizer, num_steps=steps, mesh=mesh, seed=0, rules=Rules(small=0, tile=1)
+  )
   state = init_state(setup)
   batch = data(0)
   step = make_train_step(setup, batch=batch, accumulate=accumulate)
@@ -236,6 +238,14 @@ def test_rules():
   assert spec((3, 5), None) == (None, None)  # small
   with pytest.raises(ValueError, match="parameter w of shape .* would be copied whole"):
     spec((4, 33, 35), ("layers", None, None))
+
+
+def test_rules_split_over_context_too_where_whole_tiles_are_left():
+  mesh = make_mesh(MeshConfig(fsdp=4, context=2))
+  first = lambda shape, tile: Rules(tile=tile).spec(shape, ("embed", "mlp"), mesh, "w")[0]  # noqa: E731
+  assert first((128, 64), 16) == ("fsdp", "context")
+  assert first((64, 64), 16) == "fsdp"  # 8 rows would be half a tile
+  assert first((64, 64), 8) == ("fsdp", "context")
 
 
 def fit_toy(workdir, *, steps, data=toy.batches, **kwargs):

@@ -63,6 +63,7 @@ def attend(
   free = {axis: size for axis, size, kind in axes if kind == AxisType.Auto}
   if math.prod(free.values()) > 1:
     run, in_specs, out_spec = _layout(run, pair, q_BLKS.shape, k_BMKS.shape[1], free)
+    args = (*(_before_exchange(x, in_specs[0], free) for x in args[:3]), *args[3:])
     # check_vma: loop carries start as constants, which that check takes for a mismatch.
     run = jax.shard_map(run, in_specs=in_specs, out_specs=out_spec, axis_names=set(free), check_vma=False)
   return run(*args)
@@ -123,6 +124,19 @@ def _layout(run, pair: Pair, shape, num_keys: int, free: dict[str, int]):
   # Tensor first: heads that tensor parallelism has split already then move within a context group only.
   x = P(rows, None, _dividing(shape[2], ("tensor", "context"), free), None)
   return run, (x, x, x, segment, segment), x
+
+
+def _before_exchange(x_BLKS: Array, spec: P, free: dict[str, int]) -> Array:
+  """Says of q, k and v that their tokens are split over context until they are exchanged for heads.
+
+  Else the partitioner splits the product that made all three over context by its columns; their thirds do not
+  lie where the heads do, and moving them there costs six times the bytes of the exchange.
+  """
+  rows, _, heads, _ = spec
+  if "context" not in (heads or ()) or free["context"] == 1 or x_BLKS.shape[1] % free["context"]:
+    return x_BLKS
+  kept = tuple(axis for axis in heads if axis != "context")
+  return jax.lax.with_sharding_constraint(x_BLKS, P(rows, "context", kept, None))
 
 
 def _dividing(size: int, axes: tuple[str, ...], free: dict[str, int]) -> tuple[str, ...]:

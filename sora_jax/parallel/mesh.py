@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -44,8 +45,35 @@ def make_mesh(config: MeshConfig | Mesh, devices: Sequence[jax.Device] | None = 
     return config
   devices = list(jax.devices() if devices is None else devices)
   sizes = config.sizes(len(devices))
-  # make_mesh orders devices so that the inner axes lie on the fastest links.
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  return Mesh(_arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arrange(sizes: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+  """Devices ordered so that each axis lies on torus dims of its own where sizes allow, inner axes nearest.
+
+  Slices are joined by a network far slower than their links: only the replica axis may cross it.
+  """
+  num_slices = len({getattr(d, "slice_index", 0) or 0 for d in devices})
+  if num_slices == 1:
+    return _torus(sizes, devices)
+  if sizes[0] % num_slices:
+    raise ValueError(
+      f"mesh axis replica={sizes[0]} is not a multiple of the {num_slices} slices, which only it may span; "
+      "set config.mesh.replica to -1 and the other axes to the devices of one slice"
+    )
+  slices = [
+    [d for d in devices if (getattr(d, "slice_index", 0) or 0) == i]
+    for i in sorted({getattr(d, "slice_index", 0) or 0 for d in devices})
+  ]
+  inner = (sizes[0] // num_slices, *sizes[1:])
+  return np.concatenate([_torus(inner, part) for part in slices])
+
+
+def _torus(sizes: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+  try:
+    return mesh_utils.create_device_mesh(sizes, devices)
+  except NotImplementedError:  # an axis is no product of torus dims: works, but its rings share links
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

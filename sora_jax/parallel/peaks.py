@@ -1,5 +1,7 @@
 """Peak rates of known accelerators."""
 
+import dataclasses
+
 import jax
 
 # Start of device_kind -> dense bf16 FLOP/s of one JAX device by the vendor's data sheet; first match counts.
@@ -14,6 +16,49 @@ PEAK_BF16 = (
   ("NVIDIA A100", 312e12),
   ("NVIDIA L4", 121e12),
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+  """Rates of one JAX device, in bytes and FLOPs per second.
+
+  Compute, HBM capacity and HBM rate: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}. Links and network:
+  Austin et al. 2025, jax-ml.github.io/scaling-book, "TPU specs" and "networking"; those of tpu7x follow from
+  the vendor's 1,200 GB/s per chip (both ways, 6 links) and its two devices per chip sharing them.
+  `hbm_bytes` is what the compiler may use, as its own message on running out states it.
+  """
+
+  generation: str  # as in a topology name
+  flops: float  # dense bf16
+  hbm_bytes: int
+  hbm_rate: float
+  link_rate: float  # one torus link, one way
+  torus_dims: int
+  wrap_from: int  # sizes of a torus dim that close to a ring: multiples of this
+  network_rate: float  # between slices, per device
+
+
+CHIPS = {
+  chip.generation: chip
+  for chip in (
+    Chip(
+      generation="v5e", flops=197e12, hbm_bytes=int(15.75 * 2**30), hbm_rate=8.1e11, link_rate=4.5e10,
+      torus_dims=2, wrap_from=16, network_rate=3.125e9,
+    ),
+    Chip(
+      generation="v5p", flops=459e12, hbm_bytes=int(95.74 * 2**30), hbm_rate=2.765e12, link_rate=9e10,
+      torus_dims=3, wrap_from=4, network_rate=6.25e9,
+    ),
+    Chip(
+      generation="v6e", flops=918e12, hbm_bytes=int(31.25 * 2**30), hbm_rate=1.64e12, link_rate=9e10,
+      torus_dims=2, wrap_from=16, network_rate=12.5e9,
+    ),
+    Chip(
+      generation="tpu7x", flops=2307e12 / 2, hbm_bytes=int(94.75 * 2**30), hbm_rate=7.38e12 / 2,
+      link_rate=5e10, torus_dims=3, wrap_from=4, network_rate=6.25e9,
+    ),
+  )
+}  # fmt: skip
 
 
 def peak_flops(devices: list[jax.Device]) -> float | None:

@@ -34,10 +34,15 @@ def logical_names(variable: nnx.Variable) -> tuple[str | None, ...] | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rules:
-  """Which mesh axis each logical axis is split over; absent names and dims that do not divide are not."""
+  """Which mesh axes each logical axis is split over; absent names and dims that do not divide are not.
 
-  table: tuple[tuple[str, str | None], ...] = (
-    ("embed", "fsdp"),
+  Of several axes all are taken where that leaves every device whole tiles, else the first alone: parameters
+  split over context too need less memory, and their gradients are scattered at once where they would first be
+  summed over context.
+  """
+
+  table: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+    ("embed", ("fsdp", "context")),
     ("mlp", "tensor"),
     ("heads", "tensor"),
     ("vocab", None),
@@ -45,26 +50,39 @@ class Rules:
   )
   small: int = 2**14  # elements below which a tensor without an fsdp dim may stay whole
   large: int = 1_000_000  # elements above which a tensor that stays whole is an error
+  tile: int = 16  # rows of a bf16 tile: less than one on a device, and gathers become padded all-reduces
 
   def spec(self, shape: tuple[int, ...], names: tuple[str | None, ...] | None, mesh: Mesh, path: str) -> P:
     names = (None,) * len(shape) if names is None else names
-    table, dims = dict(self.table), [None] * len(shape)
+    table, dims, split = dict(self.table), [None] * len(shape), set()
     if len(shape) - (LAYERS in names) >= 2:  # vectors are cheaper whole than gathered
       for i, name in enumerate(names):
-        axis = table.get(name)
-        if name != LAYERS and axis and axis not in dims and shape[i] % mesh.shape[axis] == 0:
-          dims[i] = axis
+        axes = self._axes(shape[i], table.get(name), mesh)
+        new = {axes} if isinstance(axes, str) else set(axes or ())
+        if name != LAYERS and new and not new & split:
+          dims[i] = axes
+          split |= new
     size, fsdp = math.prod(shape), mesh.shape["fsdp"]
-    if "fsdp" not in dims and size >= self.small:
+    if "fsdp" not in split and size >= self.small:
       free = [i for i, d in enumerate(dims) if d is None and names[i] != LAYERS and shape[i] % fsdp == 0]
       if free:
         dims[max(free, key=lambda i: shape[i])] = "fsdp"
-    if fsdp > 1 and "fsdp" not in dims and size > self.large:
+        split.add("fsdp")
+    if fsdp > 1 and "fsdp" not in split and size > self.large:
       raise ValueError(
         f"parameter {path} of shape {shape} ({size:,} elements, logical axes {names}) has no dim that "
         f"fsdp={fsdp} divides and would be copied whole to every device; change its size or the mesh"
       )
     return P(*dims)
+
+  def _axes(self, size: int, axes: str | tuple[str, ...] | None, mesh: Mesh) -> str | tuple[str, ...] | None:
+    """What of `axes` splits a dim of `size`."""
+    if isinstance(axes, tuple):
+      wide = tuple(axis for axis in axes if mesh.shape[axis] > 1)
+      if len(wide) > 1 and size % (self.tile * math.prod(mesh.shape[axis] for axis in wide)) == 0:
+        return wide
+      axes = axes[0]
+    return axes if axes and size % mesh.shape[axes] == 0 else None
 
   def shardings(self, abstract: nnx.State, mesh: Mesh) -> PyTree:
     """A pure dict of NamedShardings for a State of (abstract) variables."""

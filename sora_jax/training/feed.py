@@ -14,7 +14,9 @@ from sora_jax.types import Task, TokenBatch
 
 def batch_struct(task: Task) -> TokenBatch:
   """Shapes and types of the task's global batch."""
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), task.batch_spec.zeros())
+  spec = task.batch_spec
+  # By way of no rows: the global batch of a pod would not fit this host.
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct((spec.rows, *x.shape[1:]), x.dtype), spec.zeros(rows=0))
 
 
 class Feed:

@@ -1,0 +1,79 @@
+"""The devices of a slice that is not there, for a compiler to aim at."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Sequence
+
+import jax
+from jax.experimental import topologies
+
+from sora_jax.parallel.peaks import CHIPS, Chip
+
+_NAME = re.compile(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?")
+_NO_LIBTPU = "rehearsing a TPU topology needs libtpu, no TPU: pip install '.[rehearse]' in the clone (large)"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Topology:
+  """v5p:8x8x8*2 = two slices, each a torus of 8 x 8 x 8 chips."""
+
+  name: str
+  chip: Chip
+  dims: tuple[int, ...]
+  num_slices: int
+
+  @property
+  def key(self) -> str:
+    """In file names."""
+    return f"{self.chip.generation}_{'x'.join(map(str, self.dims))}" + (
+      f"_{self.num_slices}slices" if self.num_slices > 1 else ""
+    )
+
+
+def parse(name: str, num_slices: int = 0) -> Topology:
+  """`num_slices` 0 = as the name says, without a "*N" one."""
+  match = _NAME.fullmatch(name)
+  if not match:
+    raise ValueError(f"topology {name!r} is not GENERATION:AxBxC or GENERATION:AxBxC*SLICES, as v5p:8x8x8*2")
+  if match[1] not in CHIPS:
+    raise ValueError(
+      f"topology {name!r}: chip generation {match[1]!r} is none of {', '.join(CHIPS)} "
+      "(GPUs are not rehearsed yet)"
+    )
+  chip, dims = CHIPS[match[1]], tuple(int(n) for n in match[2].split("x"))
+  if len(dims) != chip.torus_dims or min(dims) < 1:
+    raise ValueError(f"topology {name!r}: a {chip.generation} slice has {chip.torus_dims} dims of at least 1")
+  slices = num_slices or int(match[3] or 1)
+  return Topology(name=f"{match[1]}:{match[2]}", chip=chip, dims=dims, num_slices=slices)
+
+
+def describe(topology: Topology) -> list[jax.Device]:
+  """Its devices, which compile but do not run; ValueError where the compiler lacks or refuses it."""
+  if importlib.util.find_spec("libtpu") is None:
+    raise ValueError(_NO_LIBTPU)
+  # Lest libtpu ask a metadata server, which only a TPU VM has, who it is.
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  # Nothing is run, so several processes may compile at a time.
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  kwargs = {"num_slices": topology.num_slices} if topology.num_slices > 1 else {}
+  try:
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **kwargs)
+  except Exception as error:  # of several types, by jax version
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise ValueError(f"libtpu does not take topology {topology.name}: {first}") from error
+  return list(described.devices)
+
+
+def physical_dims(topology: Topology, devices: Sequence[jax.Device]) -> list[int]:
+  """Sizes of (slice, torus dims..., cores of a chip): the grid in which `place` names a device."""
+  cores = 1 + max(getattr(d, "core_on_chip", 0) for d in devices)
+  assert len(devices) == topology.num_slices * math.prod(topology.dims) * cores
+  return [topology.num_slices, *topology.dims, cores]
+
+
+def place(topology: Topology, device: jax.Device) -> tuple[int, ...]:
+  coords = tuple(device.coords)[: len(topology.dims)]
+  return (getattr(device, "slice_index", 0) or 0, *coords, getattr(device, "core_on_chip", 0))
