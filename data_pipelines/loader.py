@@ -10,8 +10,9 @@ import numpy as np
 from data_pipelines.config import DataConfig
 from data_pipelines.sources.base import SampleInfo, Source, UnreadableError
 from sora_jax.packing.geometry import ClipSpec, Grid, grid_of, pad_frames, patchify, to_float
+from sora_jax.packing.hashing import uniform
 from sora_jax.packing.pack import PackedSample, pack_row
-from sora_jax.packing.plan import PlannedRow, uniform
+from sora_jax.packing.plan import PlannedRow
 from sora_jax.types import BatchSpec, TokenBatch
 
 Tokenize = Callable[[str], Sequence[int]]
@@ -49,7 +50,7 @@ class ClipCache:
 
 
 class RowLoader:
-  """PlannedRow -> TokenBatch of one row; the same for the same (epoch, ids), in any thread or process."""
+  """PlannedRow -> TokenBatch of one row; the same for the same (epochs, ids), in any thread or process."""
 
   def __init__(
     self,
@@ -68,7 +69,7 @@ class RowLoader:
     self.failed: dict[str, str] = {}  # name -> reason, in this process
 
   def load(self, row: PlannedRow) -> TokenBatch:
-    samples = [s for i in row.ids if (s := self._sample(i, row.epoch)) is not None]
+    samples = [s for e, i in zip(*row) if (s := self._sample(i, e)) is not None]
     return pack_row(samples, self.spec, unreadable=len(row.ids) - len(samples))
 
   def _sample(self, i: int, epoch: int) -> PackedSample | None:

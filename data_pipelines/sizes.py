@@ -7,11 +7,12 @@ import numpy as np
 
 from data_pipelines.config import DataConfig
 from data_pipelines.sources.base import SampleInfo
+from sora_jax.packing.fit import plan_window
 from sora_jax.packing.geometry import ClipSpec, fit_size, num_tokens
 from sora_jax.packing.plan import RowPlan
 from sora_jax.types import BatchSpec
 
-_TRIED = 32  # values of max_tokens
+_TRIED = 64  # values of max_tokens
 _TRIED_SAMPLES = 4096
 
 
@@ -75,7 +76,14 @@ def plan_rows(
 
 
 def _padding(specs: dict[int, ClipSpec], config: DataConfig, spec: BatchSpec) -> float:
-  lengths = [num_tokens(s, config.patch) for s in specs.values()]
-  if not lengths:
+  lengths = np.array([num_tokens(s, config.patch) for s in specs.values()], np.int64)
+  if not len(lengths):
     return np.inf
-  return plan_rows(lengths, config, spec).stats(methods=(config.packing,))[config.packing]["padding"]
+  rows = plan_window(
+    lengths,
+    row_tokens=spec.tokens,
+    max_samples=spec.samples,
+    method=config.packing,
+    cost=config.packing_cost,
+  )
+  return 1 - lengths.sum() / (len(rows) * spec.tokens)

@@ -63,7 +63,8 @@ class Report:
       mark = "  <- used" if method == self.method else ""
       lines.append(
         f"{method:<11} padding {100 * s['padding']:.2f} %, {s['rows']} rows an epoch, "
-        f"{s['samples_per_row']:.1f} samples a row, dearest row {s['dearest_over_mean']:.2f}x the mean{mark}"
+        f"{s['samples_per_row']:.1f} samples a row, dearest row of a step "
+        f"{s['dearest_over_mean_of_step']:.2f}x the mean{mark}"
       )
     return "\n".join(lines)
 
@@ -78,7 +79,7 @@ def describe(
   tokenize: Callable[[str], Sequence[int]],
   max_tokens: int,
 ) -> Report:
-  lengths = plan.lengths
+  lengths = plan.lengths[0]
   videos = [i for i in infos.values() if i.num_frames > 1]
   text_lengths = [len(tokenize(i.captions[0] if i.captions else "")) for i in infos.values()]
   cut_tokens = cut_captions = 0

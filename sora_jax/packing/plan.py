@@ -1,206 +1,55 @@
 """Which samples share a row: a pure function of (lengths, seed, step), computed alike on every host."""
 
 import collections
-import heapq
-import itertools
-import math
+import dataclasses
 import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-METHODS = ("best_fit", "greedy")
-_CYCLE_IDS = 2**20  # groupings are planned afresh for about this many samples, then reused in a new order
-_CACHED_WINDOWS = 8
-_SPREAD_SHARES = (0.9, 0.75, 0.5)  # of the tokens, tried in turn
-_SUBSET_IDS = 1024  # windows up to this are small enough for an exact filling
+from sora_jax.packing.balance import costs_of, pack_evenly
+from sora_jax.packing.fit import METHODS, Row, plan_window
+from sora_jax.packing.hashing import bijection, hash64
 
-Row = tuple[int, ...]
+_CACHED_WINDOWS = 4
+_ORDERS_ANEW = 2**20  # samples of a part: up to here, those of one length change places every epoch
+_TRIED_WINDOWS = 32  # sizes of a window, for the one in which weights come out best
+
+__all__ = ["METHODS", "PlannedRow", "RowPlan", "plan_window"]
 
 
 class PlannedRow(NamedTuple):
-  epoch: int
+  epochs: Row  # of each sample, of its own part
   ids: Row
 
 
-def hash64(*parts: int | np.ndarray) -> np.ndarray:
-  """Mixes integers into uint64 by splitmix64: the same on every platform and numpy version."""
-  h = np.zeros(np.broadcast_shapes(*(np.shape(p) for p in parts)), np.uint64)
-  with np.errstate(over="ignore"):
-    for part in parts:
-      h = (h ^ np.asarray(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-      h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-      h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-      h = h ^ (h >> np.uint64(31))
-  return h
+@dataclasses.dataclass(frozen=True)
+class _Part:
+  """Samples [first, first + size) of the plan, split over `windows` windows; or `passes` over them in each."""
 
+  first: int
+  size: int
+  windows: int
+  passes: int
 
-def uniform(*parts: int | np.ndarray) -> np.ndarray:
-  """Deterministic numbers in [0, 1) of the integers `parts`."""
-  return (hash64(*parts) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def plan_window(
-  lengths: Sequence[int] | np.ndarray,
-  *,
-  row_tokens: int,
-  max_samples: int,
-  method: str = "best_fit",
-  cost: tuple[float, float] = (1.0, 0.0),
-) -> list[Row]:
-  """Rows as tuples of positions in `lengths`, none over `row_tokens` tokens or `max_samples` samples.
-
-  "best_fit": best-fit decreasing; then, in the same number of rows, the longer samples are dealt out so that
-  rows cost alike by a * sum(l) + b * sum(l^2), `cost` = (a, b), and only the shorter ones are fitted tightly;
-  small windows are filled row by row where that takes fewer rows.
-  "greedy": first fit in the order of arrival (Patch n' Pack, arXiv 2307.06304).
-  """
-  lengths = np.asarray(lengths, np.int64)
-  assert lengths.size == 0 or 0 < lengths.min() <= lengths.max() <= row_tokens
-  if method == "best_fit":
-    return _best_fit(lengths, row_tokens, max_samples, cost) if len(lengths) else []
-  if method == "greedy":
-    return _first_fit(lengths, row_tokens, max_samples)
-  raise ValueError(f"packing method {method!r} is none of {', '.join(METHODS)}")
-
-
-def _best_fit(lengths: np.ndarray, row_tokens: int, max_samples: int, cost: tuple[float, float]) -> list[Row]:
-  order = np.argsort(-lengths, kind="stable")
-  sorted_lengths = lengths[order]
-  rows = _fill_tightest(sorted_lengths, [], 0, row_tokens, max_samples)
-  if cost != (0.0, 0.0) and len(rows) > 1:
-    done = np.cumsum(sorted_lengths) / sorted_lengths.sum()
-    fewest = max(-(-int(lengths.sum()) // row_tokens), -(-len(lengths) // max_samples))
-    # Best fit heaps short samples up; where their number, not their length, ends rows, dealing saves rows.
-    is_wasteful = len(rows) - fewest > 0.01 * len(rows)
-    targets = sorted({fewest, fewest + 1, (fewest + len(rows)) // 2, len(rows) - 1}) if is_wasteful else ()
-    for target, share in itertools.product((*targets, len(rows)), _SPREAD_SHARES):
-      first = int(np.searchsorted(done, share))
-      even = _spread(sorted_lengths[:first], target, row_tokens, max_samples, cost)
-      even = _fill_tightest(sorted_lengths, even, first, row_tokens, max_samples) if even else []
-      even = [row for row in even if row]  # the tightest fit may leave a row that was dealt nothing empty
-      if even and len(even) <= target:  # the most even packing in the fewest rows
-        rows = even
-        break
-  if len(lengths) <= _SUBSET_IDS and len(rows) > -(-int(lengths.sum()) // row_tokens):
-    exact = _fill_exactly(sorted_lengths, row_tokens, max_samples)
-    rows = exact if exact and len(exact) < len(rows) else rows
-  order_list = order.tolist()
-  return [tuple(order_list[i] for i in row) for row in rows]
-
-
-def _spread(
-  lengths: np.ndarray, num_rows: int, row_tokens: int, max_samples: int, cost: tuple[float, float]
-) -> list[list[int]]:
-  """Deals samples, longest first, each to the row cheapest so far; nothing where that row has no room."""
-  rows: list[list[int]] = [[] for _ in range(num_rows)]
-  room = [row_tokens] * num_rows
-  costs = (cost[0] * lengths + cost[1] * lengths.astype(np.float64) ** 2).tolist()
-  heap = [(0.0, r) for r in range(num_rows)]
-  for i, length in enumerate(lengths.tolist()):
-    total, r = heap[0]
-    if room[r] < length:
-      return []
-    rows[r].append(i)
-    room[r] -= length
-    if len(rows[r]) < max_samples:
-      heapq.heapreplace(heap, (total + costs[i], r))
-    else:
-      heapq.heappop(heap)
-    if not heap:
-      return rows if i + 1 == len(lengths) else []
-  return rows
-
-
-def _fill_tightest(
-  lengths: np.ndarray, rows: list[list[int]], start: int, row_tokens: int, max_samples: int
-) -> list[list[int]]:
-  """Best fit of the (descending) lengths from `start` on into `rows`, which already hold those before."""
-  with_room: dict[int, list[list[int]]] = collections.defaultdict(list)  # tokens left -> rows
-  mask = 0  # bit r: some open row has r tokens left, so the tightest fit is one shift and one lowest bit
-  length_list = lengths.tolist()
-  for row in rows:
-    room = row_tokens - sum(length_list[i] for i in row)
-    if room and len(row) < max_samples:
-      with_room[room].append(row)
-      mask |= 1 << room
-  ends = np.append(np.flatnonzero(np.diff(lengths)) + 1, len(lengths))
-  for end in ends[np.searchsorted(ends, start, side="right") :].tolist():
-    length = length_list[start]
-    while start < end:
-      fits = mask >> length
-      if fits:
-        room = length + (fits & -fits).bit_length() - 1
-        row = with_room[room].pop()
-        if not with_room[room]:
-          mask ^= 1 << room
-      else:
-        room, row = row_tokens, []
-        rows.append(row)
-      # Items of one length go on into the same row: after the first it is the tightest.
-      count = min(room // length, max_samples - len(row), end - start)
-      row.extend(range(start, start + count))
-      start, room = start + count, room - count * length
-      if room and len(row) < max_samples:
-        with_room[room].append(row)
-        mask |= 1 << room
-  return rows
-
-
-def _fill_exactly(lengths: np.ndarray, row_tokens: int, max_samples: int) -> list[list[int]]:
-  """Row by row: the longest sample left and the subset of the others that fills the row best (minimum bin
-  slack, Gupta and Ho 1999), by subset sums as bits of an integer: for windows of few, similar lengths."""
-  left: dict[int, list[int]] = {}
-  for i, length in reversed(list(enumerate(lengths.tolist()))):
-    left.setdefault(length, []).append(i)  # ascending lengths
-  full, rows = (1 << (row_tokens + 1)) - 1, []
-  while left:
-    longest = max(left)
-    row = [left[longest].pop()]
-    steps, sums = [], 1 << longest  # bit s: some subset with the longest has s tokens
-    for length, items in left.items():
-      for _ in range(min(len(items), (row_tokens - longest) // length)):
-        steps.append((length, sums))
-        sums |= (sums << length) & full
-    total = sums.bit_length() - 1
-    for length, before in reversed(steps):  # longer samples first: fewer of them
-      if total >= length and before >> (total - length) & 1:
-        row.append(left[length].pop())
-        total -= length
-    assert total == longest
-    if len(row) > max_samples:
-      return []
-    rows.append(row)
-    left = {length: items for length, items in left.items() if items}
-  return rows
-
-
-def _first_fit(lengths: np.ndarray, row_tokens: int, max_samples: int) -> list[Row]:
-  shortest = int(lengths.min()) if len(lengths) else 1
-  rows: list[list[int]] = []
-  room = np.zeros(len(lengths), np.int64)
-  first_open = 0
-  for i, length in enumerate(lengths.tolist()):
-    fits = room[first_open : len(rows)] >= length
-    r = first_open + int(fits.argmax()) if len(fits) else 0
-    if r >= len(rows) or room[r] < length:
-      r = len(rows)
-      rows.append([])
-      room[r] = row_tokens
-    rows[r].append(i)
-    room[r] = room[r] - length if len(rows[r]) < max_samples else 0
-    while first_open < len(rows) and room[first_open] < shortest:
-      first_open += 1
-  return [tuple(row) for row in rows]
+  @property
+  def strata(self) -> int:
+    return -(-self.size // self.windows)
 
 
 class RowPlan:
   """An endless stream of rows over epochs; step k takes rows [k * rows_per_step, (k + 1) * rows_per_step).
 
-  Each epoch holds every sample exactly once, in a fresh shuffle cut into windows that are packed one by one.
-  After about a million samples the groupings recur, windows and rows in a new order: finding the rows of any
-  step so costs at most that much planning (or two epochs of it, for larger sets).
+  The samples of a part, longest first, are cut into strata of as many samples as the epoch has windows; a
+  window draws one sample of each stratum, a shuffle of its own per stratum and epoch. So all windows have
+  nearly the same lengths, and one packing, that of the longest sample of every stratum, fits them all: any row
+  of any step is found without planning those before it.
+
+  `lengths` is (samples,) or (variants, samples): in epoch e, sample i has the length of variant
+  `variants(e, i)`, another one every epoch until all were seen. `parts` are the sizes of the sources that the
+  samples come from, in order; `weights` how many samples each gives to a row, relative to one another, as
+  nearly as whole windows allow (`shares`); None = each sample equally often. Every part has its own epochs.
   """
 
   def __init__(
@@ -215,113 +64,197 @@ class RowPlan:
     window: int = 4096,
     cost: tuple[float, float] = (1.0, 0.0),
     names: Sequence[str] | None = None,
+    parts: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
   ):
-    self.lengths = np.asarray(lengths, np.int64)
-    if not len(self.lengths):
+    lengths = np.asarray(lengths)
+    self.lengths = np.atleast_2d(lengths if lengths.dtype == np.int32 else lengths.astype(np.int32))
+    if not self.lengths.size:
       raise ValueError("nothing to pack: the data set (or its split) has no sample")
     if method not in METHODS:
       raise ValueError(f"packing method {method!r} is none of {', '.join(METHODS)}")
-    if self.lengths.max() > row_tokens:
-      i = int(self.lengths.argmax())
+    if (longest := int(self.lengths.max())) > row_tokens:
+      i = int(self.lengths.max(axis=0).argmax())
       name = names[i] if names else f"sample {i}"
       raise ValueError(
-        f"{name} has {self.lengths[i]} tokens but a row holds {row_tokens}: "
-        "raise row_tokens or lower max_tokens"
+        f"{name} has {longest} tokens but a row holds {row_tokens}: raise row_tokens or lower max_tokens"
       )
     assert self.lengths.min() > 0 and rows_per_step > 0 and max_samples > 0 and window > 0
-    self.rows_per_step, self.seed, self.method = rows_per_step, seed, method
-    self._fit = {"row_tokens": row_tokens, "max_samples": max_samples, "cost": tuple(cost)}
-    self._windows = -(-len(self.lengths) // window)
-    self._cycle = max(2, min(64, -(-_CYCLE_IDS // len(self.lengths))))  # epochs until groupings recur
-    self._ends = np.zeros(1, np.int64)  # rows before each window of the cycle, as far as planned
-    self._cache: collections.OrderedDict[tuple[int, int], list[Row]] = collections.OrderedDict()
-    self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
-    self._lock = threading.Lock()
+    sizes = tuple(parts or (self.lengths.shape[1],))
+    assert sum(sizes) == self.lengths.shape[1] and min(sizes) > 0, sizes
+    self.rows_per_step, self.seed, self.method, self.cost = rows_per_step, seed, method, tuple(cost)
+    self.row_tokens, self.max_samples = row_tokens, max_samples
+    self.parts = split_windows(sizes, weights, window)
+    self._templates: dict[str, list[np.ndarray]] = {}
+    self._cache: collections.OrderedDict[int, tuple[np.ndarray, ...]] = collections.OrderedDict()
+    self._orders: collections.OrderedDict[tuple[int, int], np.ndarray] = collections.OrderedDict()
+    self._lock = threading.RLock()
 
   def __getstate__(self) -> dict:
-    return {k: v for k, v in self.__dict__.items() if k != "_lock"}
+    return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_cache", "_orders")}
 
   def __setstate__(self, state: dict) -> None:
-    self.__dict__.update(state, _lock=threading.Lock())
+    self.__dict__.update(
+      state, _lock=threading.RLock(), _cache=collections.OrderedDict(), _orders=collections.OrderedDict()
+    )
+
+  @property
+  def shares(self) -> list[float]:
+    """Of the samples of a window, by part."""
+    counts = [p.size * p.passes / p.windows for p in self.parts]
+    return [c / sum(counts) for c in counts]
+
+  @property
+  def rows_per_window(self) -> int:
+    return len(self._template(self.method))
+
+  @property
+  def windows_per_epoch(self) -> int:
+    """Of the part that takes longest."""
+    return max(p.windows for p in self.parts)
 
   def rows_of_step(self, step: int) -> list[PlannedRow]:
     return [self.row(r) for r in range(step * self.rows_per_step, (step + 1) * self.rows_per_step)]
 
   def row(self, index: int) -> PlannedRow:
-    """Row `index` of the endless stream."""
+    """Row `index` of the endless stream; one that drew no sample is empty."""
     with self._lock:
-      cycles, index = self._locate(index)
-      slot = int(np.searchsorted(self._ends, index, side="right")) - 1
-      base_epoch = slot // self._windows
-      epoch = cycles * self._cycle + base_epoch
-      w, index = slot % self._windows, index - int(self._ends[slot])
-      if cycles:  # all windows are known: take them in a new order
-        w, index = self._reorder(base_epoch, epoch, index + int(self._ends[slot] - self._ends[slot - w]))
-      rows = self._window(base_epoch, w)
-    order = np.argsort(hash64(self.seed, 1, epoch, w, np.arange(len(rows))), kind="stable")
-    return PlannedRow(epoch, rows[order[index]])
+      template = self._template(self.method)
+      w, r = divmod(index, len(template))
+      epochs, ids, order = self._window(w)
+    slots = template[order[r]]
+    slots = slots[ids[slots] >= 0]
+    return PlannedRow(tuple(epochs[slots].tolist()), tuple(ids[slots].tolist()))
 
   def rows_of_epoch(self, epoch: int) -> list[PlannedRow]:
-    """Every row of one epoch, for a pass over held-out samples and for reports."""
-    base = epoch % self._cycle
-    with self._lock:
-      return [PlannedRow(epoch, row) for w in range(self._windows) for row in self._window(base, w)]
+    """Every row of one epoch of the part that takes longest: for held-out samples and for reports."""
+    count = self.windows_per_epoch * self.rows_per_window
+    rows = [self.row(r) for r in range(epoch * count, (epoch + 1) * count)]
+    return [row for row in rows if row.ids]
+
+  def variants(self, epochs: int | np.ndarray, ids: int | np.ndarray) -> np.ndarray:
+    """Row of `lengths` that samples have in their epochs."""
+    count = np.uint64(len(self.lengths))
+    return ((np.asarray(epochs).astype(np.uint64) + hash64(self.seed, 3, ids)) % count).astype(np.int64)
+
+  def lengths_of(self, row: PlannedRow) -> np.ndarray:
+    ids = np.array(row.ids, np.int64)
+    return self.lengths[self.variants(np.array(row.epochs, np.int64), ids), ids]
 
   def stats(self, max_ids: int = 2**18, methods: Sequence[str] = METHODS) -> dict[str, dict[str, float]]:
-    """Per packing method, over (at most `max_ids` samples of) the first epoch: rows, padding share, samples
-    per row, and how much dearer than the mean the dearest row is."""
-    windows = max(1, min(self._windows, max_ids * self._windows // len(self.lengths)))
-    result = {}
-    for method in methods:
-      rows = [self.lengths[np.array(row)] for w in range(windows) for row in self._pack_window(0, w, method)]
-      tokens = sum(int(row.sum()) for row in rows)
-      a, b = self._fit["cost"]
-      costs = np.array([a * row.sum() + b * (row.astype(float) ** 2).sum() for row in rows])
-      result[method] = {
-        "rows": len(rows),
-        "padding": 1 - tokens / (len(rows) * self._fit["row_tokens"]),
-        "samples_per_row": sum(map(len, rows)) / len(rows),
-        "dearest_over_mean": float(costs.max() / costs.mean()) if costs.mean() else 1.0,
-      }
+    """Per packing method, over (at most about `max_ids` samples of) the first epoch: rows, padding share,
+    samples per row, and how much dearer than the mean the dearest row is: of all, and of the rows of a step,
+    averaged over the steps."""
+    with self._lock:
+      result, kept = {}, (self.method, self._cache)
+      slots = sum(p.strata * p.passes for p in self.parts)
+      windows = max(1, min(self.windows_per_epoch, max_ids // slots))
+      for method in methods:
+        self.method, self._cache = method, collections.OrderedDict()
+        rows = [self.row(r) for r in range(windows * self.rows_per_window)]
+        result[method] = self._stats_of([self.lengths_of(row) for row in rows if row.ids])
+      self.method, self._cache = kept
     return result
 
-  def _locate(self, index: int) -> tuple[int, int]:
-    """(whole cycles before the row, row within the cycle); plans windows until the row is covered."""
-    slots = self._cycle * self._windows
-    ends = [int(self._ends[-1])]
-    while len(self._ends) + len(ends) - 2 < slots and ends[-1] <= index:
-      slot = len(self._ends) + len(ends) - 2
-      ends.append(ends[-1] + len(self._window(*divmod(slot, self._windows))))
-    if len(ends) > 1:
-      self._ends = np.concatenate([self._ends, ends[1:]])
-    if index < self._ends[-1]:
-      return 0, index
-    return divmod(index, int(self._ends[-1]))
+  def _stats_of(self, rows: list[np.ndarray]) -> dict[str, float]:
+    costs = np.array([float(costs_of(row, [range(len(row))], self.cost)[0]) for row in rows])
+    steps = [costs[k : k + self.rows_per_step] for k in range(0, len(costs), self.rows_per_step)]
+    steps = steps[:-1] if len(steps) > 1 and len(steps[-1]) < self.rows_per_step else steps
+    return {
+      "rows": len(rows),
+      "padding": 1 - sum(int(row.sum()) for row in rows) / (len(rows) * self.row_tokens),
+      "samples_per_row": sum(map(len, rows)) / len(rows),
+      "dearest_over_mean": _dearest(costs),
+      "dearest_over_mean_of_step": float(np.mean([_dearest(step) for step in steps])),
+    }
 
-  def _reorder(self, base_epoch: int, epoch: int, index: int) -> tuple[int, int]:
-    first = base_epoch * self._windows
-    counts = np.diff(self._ends[first : first + self._windows + 1])
-    order = np.argsort(hash64(self.seed, 2, epoch, np.arange(self._windows)), kind="stable")
-    ends = np.cumsum(counts[order])
-    k = int(np.searchsorted(ends, index, side="right"))
-    return int(order[k]), index - int(ends[k] - counts[order[k]])
-
-  def _window(self, base_epoch: int, w: int) -> list[Row]:
-    key = (base_epoch, w)
-    if key not in self._cache:
-      self._cache[key] = self._pack_window(base_epoch, w, self.method)
+  def _window(self, w: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(epochs, ids or -1, order of rows) of window `w`; slots part by part, pass by pass, longest first."""
+    if w not in self._cache:
+      epochs, ids = zip(*(self._draw(p, k, w, n) for p, k in enumerate(self.parts) for n in range(k.passes)))
+      keys = hash64(self.seed, 1, w, np.arange(len(self._template(self.method))))
+      self._cache[w] = (np.concatenate(epochs), np.concatenate(ids), np.argsort(keys, kind="stable"))
       if len(self._cache) > _CACHED_WINDOWS:
         self._cache.popitem(last=False)
-    self._cache.move_to_end(key)
-    return self._cache[key]
+    self._cache.move_to_end(w)
+    return self._cache[w]
 
-  def _pack_window(self, base_epoch: int, w: int, method: str) -> list[Row]:
-    if self._order[0] != base_epoch:
-      keys = hash64(self.seed, 0, base_epoch, np.arange(len(self.lengths)))
-      self._order = (base_epoch, np.argsort(keys, kind="stable"))
-    # Windows of nearly equal size: a small last one would pack badly.
-    first, last = (math.floor(len(self.lengths) * k / self._windows) for k in (w, w + 1))
-    ids = self._order[1][first:last]
-    rows = plan_window(self.lengths[ids], method=method, **self._fit)
-    id_list = ids.tolist()
-    return [tuple(id_list[i] for i in row) for row in rows]
+  def _draw(self, p: int, part: _Part, w: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pass `n` of window `w` over a part: a sample of each stratum."""
+    epoch, place = divmod(w, part.windows)
+    epoch = epoch * part.passes + n
+    strata = np.arange(part.strata)
+    at = strata * part.windows + bijection(place, part.windows, self.seed, 0, epoch, p, strata)
+    order = self._order(p, epoch)
+    ids = np.where(at < part.size, part.first + order[np.minimum(at, part.size - 1)].astype(np.int64), -1)
+    return np.full(len(ids), epoch, np.int64), ids
+
+  def _order(self, p: int, epoch: int) -> np.ndarray:
+    """Places in a part, longest first in that epoch."""
+    part = self.parts[p]
+    epoch = epoch if part.size <= _ORDERS_ANEW else epoch % len(self.lengths)
+    if (p, epoch) not in self._orders:
+      ids = part.first + np.arange(part.size)
+      lengths = (
+        self.lengths[0, ids] if len(self.lengths) == 1 else self.lengths[self.variants(epoch, ids), ids]
+      )
+      ties = hash64(self.seed, 2, epoch, ids) >> np.uint64(32)
+      keys = (-lengths.astype(np.int64) << np.int64(32)) + ties.astype(np.int64)
+      self._orders[p, epoch] = np.argsort(keys, kind="stable").astype(np.uint32)
+      if len(self._orders) > 2 * len(self.parts):
+        self._orders.popitem(last=False)
+    self._orders.move_to_end((p, epoch))
+    return self._orders[p, epoch]
+
+  def _template(self, method: str) -> list[np.ndarray]:
+    """Slots of each row of a window: packed for the longest sample that each stratum has in any variant."""
+    if method not in self._templates:
+      longest = []
+      for p, part in enumerate(self.parts):
+        first = np.arange(part.strata) * part.windows
+        tops = [self.lengths_in(p, v)[first] for v in range(len(self.lengths))]
+        longest += [np.max(tops, axis=0)] * part.passes
+      longest = np.concatenate(longest).astype(np.int64)
+      limits = {"row_tokens": self.row_tokens, "max_samples": self.max_samples}
+      if method == "greedy":  # in an order of arrival
+        arrival = np.argsort(hash64(self.seed, 4, np.arange(len(longest))), kind="stable")
+        rows = [arrival[list(row)] for row in plan_window(longest[arrival], method=method, **limits)]
+      else:
+        rows = pack_evenly(longest, cost=self.cost, **limits)
+      self._templates[method] = [np.asarray(row, np.int64) for row in rows]
+    return self._templates[method]
+
+  def lengths_in(self, p: int, epoch: int) -> np.ndarray:
+    """Lengths of a part in that epoch, longest first."""
+    ids = self.parts[p].first + self._order(p, epoch).astype(np.int64)
+    return self.lengths[self.variants(epoch, ids), ids]
+
+
+def split_windows(sizes: Sequence[int], weights: Sequence[float] | None, window: int) -> tuple[_Part, ...]:
+  """How many windows each part is spread over. Without weights all by as many; with them, of windows of about
+  that many samples or down to a quarter of it, those in which the shares come out best."""
+  firsts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).tolist()
+  if weights is None or len(sizes) == 1:
+    windows = max(1, round(sum(sizes) / window))
+    windows = min(windows, *sizes)
+    return tuple(_Part(first, size, windows, 1) for first, size in zip(firsts, sizes))
+  assert len(weights) == len(sizes) and min(weights) > 0, weights
+  wanted = np.array(weights, np.float64) / np.sum(weights)
+  best, least = (), np.inf
+  for count in dict.fromkeys(int(n) for n in np.linspace(window, max(1, window / 4), _TRIED_WINDOWS)):
+    counts = wanted * count
+    parts = tuple(
+      _Part(
+        first, size, max(1, round(size / c)) if c < size else 1, max(1, round(c / size)) if c >= size else 1
+      )
+      for first, size, c in zip(firsts, sizes, counts)
+    )
+    got = np.array([p.size * p.passes / p.windows for p in parts])
+    error = float(np.abs(got / got.sum() / wanted - 1).max())
+    if error < least - 1e-3:
+      best, least = parts, error
+  return best
+
+
+def _dearest(costs: np.ndarray) -> float:
+  return float(costs.max() / costs.mean()) if costs.mean() else 1.0
