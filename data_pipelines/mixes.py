@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mix:
-  """Sides are those of a square of the same area; a latent cell is 8 pixels and 4 frames, a patch 2x2 cells."""
+  """Sides of a square of the same area; a latent cell is 8 pixels and 4 frames, a patch 2x2 cells."""
 
   sides: tuple[int, ...]
   frames: tuple[int, int]  # of videos, from and to

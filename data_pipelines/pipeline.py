@@ -115,8 +115,8 @@ class Pipeline:
     """Of all that decides which batch comes at which step."""
     c = self.config
     facts = (
-      "plan 2", self.source.fingerprint(), self.split, self.spec, c.seed, c.packing, c.packing_window, c.packing_cost,
-      tuple(self.specs.items()),
+      "plan 2", self.source.fingerprint(), self.split, self.spec, c.seed, c.packing, c.packing_window,
+      c.packing_cost, tuple(self.specs.items()),
     )  # fmt: skip
     return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 

@@ -26,7 +26,7 @@ class PlannedRow(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-  """Samples [first, first + size) of the plan, split over `windows` windows; or `passes` over them in each."""
+  """Samples [first, first + size) of the plan, split over `windows` windows, or `passes` times in each."""
 
   first: int
   size: int
@@ -43,8 +43,8 @@ class RowPlan:
 
   The samples of a part, longest first, are cut into strata of as many samples as the epoch has windows; a
   window draws one sample of each stratum, a shuffle of its own per stratum and epoch. So all windows have
-  nearly the same lengths, and one packing, that of the longest sample of every stratum, fits them all: any row
-  of any step is found without planning those before it.
+  nearly the same lengths, and one packing, that of the longest sample of every stratum, fits them all: any
+  row of any step is found without planning those before it.
 
   `lengths` is (samples,) or (variants, samples): in epoch e, sample i has the length of variant
   `variants(e, i)`, another one every epoch until all were seen. `parts` are the sizes of the sources that the
