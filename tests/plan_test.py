@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from data_pipelines.mixes import MIXES, draw
+from sora_jax.packing import draws
 from sora_jax.packing.balance import costs_of, even_out
 from sora_jax.packing.fit import METHODS, plan_window
 from sora_jax.packing.hashing import bijection, hash64, uniform
-from sora_jax.packing.plan import RowPlan
+from sora_jax.packing.plan import Phase, RowPlan
 
 
 def lengths_of(n: int, low: int = 16, high: int = 200, seed: int = 0) -> np.ndarray:
@@ -78,7 +79,7 @@ def make_plan(n=100, **changes) -> RowPlan:
 def seen_by_epoch(plan, num_rows) -> dict[int, list[int]]:
   seen = collections.defaultdict(list)
   for r in range(num_rows):
-    for epoch, i in zip(*plan.row(r)):
+    for epoch, i in zip(*plan.row(r)[:2]):
       seen[epoch].append(i)
   return seen
 
@@ -173,7 +174,7 @@ def test_weights_are_met_and_parts_keep_their_own_epochs():
   per_epoch = plan.windows_per_epoch * plan.rows_per_window
   seen = {0: collections.Counter(), 1: collections.Counter()}
   for r in range(per_epoch):
-    for epoch, i in zip(*plan.row(r)):
+    for epoch, i in zip(*plan.row(r)[:2]):
       seen[int(i >= 1000)][epoch, i] += 1
   assert seen[0] == {(0, i): 1 for i in range(1000)}
   whole = max(e for e, _ in seen[1])
@@ -190,15 +191,83 @@ def test_weights_are_met_and_parts_keep_their_own_epochs():
 
 def test_variants_take_turns():
   lengths = np.stack([lengths_of(500), lengths_of(500) // 2 + 1, lengths_of(500) // 4 + 1])
-  plan = RowPlan(lengths, rows_per_step=4, row_tokens=512, max_samples=16, window=100)
+  plan = RowPlan(
+    phases=[Phase(0, lengths)],
+    kinds=np.arange(500),
+    rows_per_step=4,
+    row_tokens=512,
+    max_samples=16,
+    window=100,
+  )
+  assert plan.stats()["best_fit"]["padding"] < 0.04
   per_epoch = plan.windows_per_epoch * plan.rows_per_window
   seen = collections.defaultdict(set)
   for r in range(3 * per_epoch):
     row = plan.row(r)
     assert plan.lengths_of(row).sum() <= 512
-    for epoch, i in zip(*row):
-      seen[i].add(int(plan.variants(epoch, i)))
+    for i, variant in zip(row.ids, row.variants):
+      seen[i].add(variant)
   assert len(seen) == 500 and all(v == {0, 1, 2} for v in seen.values())
+
+
+def test_phases_take_over_at_whole_windows_and_epochs_go_on():
+  lengths = lengths_of(900)
+  kinds = np.arange(900)
+  caps = ((0, 40, 0), (3, 100, 0), (30, 200, 0))
+  plan = RowPlan(
+    phases=[Phase(step, np.minimum(lengths, cap)[None], order) for step, cap, order in caps],
+    kinds=kinds, rows_per_step=2, row_tokens=512, max_samples=32, window=90,
+  )  # fmt: skip
+  rows = [plan.row(r) for r in range(1500)]
+  assert all(plan.lengths_of(row).sum() <= 512 for row in rows)
+  phases = [row.phase for row in rows]
+  assert phases == sorted(phases) and set(phases) == {0, 1, 2}
+  for phase, step in ((1, 3), (2, 30)):
+    first = phases.index(phase)
+    assert step * 2 <= first < step * 2 + 40  # a window has about 10 to 20 rows
+  assert max(plan.lengths_of(rows[0])) <= 40 < max(max(plan.lengths_of(row)) for row in rows)
+  seen = collections.defaultdict(list)
+  for row in rows:
+    for epoch, i in zip(row.epochs, row.ids):
+      seen[epoch].append(i)
+  for epoch in range(max(seen)):
+    assert sorted(seen[epoch]) == list(range(900))
+  assert [plan.row(r) for r in (1499, 0, 700)] == [rows[1499], rows[0], rows[700]]
+
+
+def test_another_order_begins_a_new_epoch():
+  lengths = lengths_of(900)
+  tables = [np.minimum(lengths, 100)[None], (210 - lengths)[None]]
+  plan = RowPlan(
+    phases=[Phase(0, tables[0], 0), Phase(7, tables[1], 1)],
+    kinds=np.arange(900), rows_per_step=2, row_tokens=512, max_samples=32, window=90,
+  )  # fmt: skip
+  rows = [plan.row(r) for r in range(600)]
+  assert all(plan.lengths_of(row).sum() <= 512 for row in rows)
+  epochs = [{e for row in rows if row.phase == phase for e in row.epochs} for phase in (0, 1)]
+  assert max(epochs[0]) < min(epochs[1])
+  seen = collections.defaultdict(list)
+  for row in rows:
+    for epoch, i in zip(row.epochs, row.ids):
+      seen[epoch].append(i)
+  assert all(len(set(ids)) == len(ids) for ids in seen.values())
+  assert sorted(seen[min(epochs[1])]) == list(range(900))
+
+
+@pytest.mark.parametrize("count", [1, 1000, 3 * 4096 + 5])
+def test_order_by_counting_is_the_sorted_order(count, monkeypatch):
+  monkeypatch.setattr(draws, "_CHUNK", 4096)
+  lengths = lengths_of(count)
+  order = draws.longest_first(lambda ids: lengths[ids], count, 200)
+  np.testing.assert_array_equal(order, np.argsort(-lengths, kind="stable"))
+
+
+def test_large_sets_plan_alike(monkeypatch):
+  monkeypatch.setattr(draws, "_ORDERS_ANEW", 64)
+  monkeypatch.setattr(draws, "_CHUNK", 100)
+  plan = make_plan(500, window=60)
+  seen = seen_by_epoch(plan, 3 * plan.windows_per_epoch * plan.rows_per_window)
+  assert all(sorted(seen[e]) == list(range(500)) for e in range(3)) and seen[0] != seen[1]
 
 
 def test_bijections_shuffle():
@@ -219,8 +288,8 @@ def test_stats_add_up():
 
 
 def test_a_sample_longer_than_a_row_is_named():
-  with pytest.raises(ValueError, match="b.mp4 has 600 tokens but a row holds 512: raise row_tokens"):
-    RowPlan([10, 600], rows_per_step=1, row_tokens=512, max_samples=4, names=["a.mp4", "b.mp4"])
+  with pytest.raises(ValueError, match="sample 1 has 600 tokens but a row holds 512: raise row_tokens"):
+    RowPlan([10, 600], rows_per_step=1, row_tokens=512, max_samples=4)
   with pytest.raises(ValueError, match="nothing to pack"):
     RowPlan([], rows_per_step=1, row_tokens=512, max_samples=4)
   with pytest.raises(ValueError, match="'worst' is none of best_fit, greedy"):

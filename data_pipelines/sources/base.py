@@ -9,7 +9,7 @@ import numpy as np
 from data_pipelines.video_io import UnreadableError
 from sora_jax.packing.geometry import ClipSpec
 
-__all__ = ["Entry", "Found", "ReadOptions", "SampleInfo", "Source", "UnreadableError"]
+__all__ = ["Entry", "Found", "ReadOptions", "SampleInfo", "Sizes", "Source", "UnreadableError"]
 
 
 class NoCaptionsError(ValueError):
@@ -71,8 +71,21 @@ class Found(NamedTuple):
   rejects: list[tuple[str, str]]  # (name, reason)
 
 
+class Sizes(NamedTuple):
+  """Of every sample of a source, as arrays; rates as in SampleInfo."""
+
+  num_frames: np.ndarray
+  height: np.ndarray
+  width: np.ndarray
+  fps: np.ndarray
+
+
 class Source(Protocol):
-  """Random access to samples; must pickle, since worker processes hold it."""
+  """Random access to samples; must pickle, since worker processes hold it.
+
+  A source of millions also has `sizes() -> Sizes`, memory-mapped if it likes: planning then asks no `info`.
+  One of latents has `encoder_hash`, not empty; its sizes count latent cells and `load` gives floats.
+  """
 
   name: str
   rejects: list[tuple[str, str]]  # (name, reason)

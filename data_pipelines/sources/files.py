@@ -9,7 +9,7 @@ import av
 import numpy as np
 
 from data_pipelines import index, media_io
-from data_pipelines.sources.base import Entry, SampleInfo
+from data_pipelines.sources.base import Entry, SampleInfo, Sizes
 from data_pipelines.video_io import MediaInfo, UnreadableError
 from sora_jax.packing.geometry import ClipSpec
 
@@ -73,6 +73,10 @@ class FileSource:
       captions=entry.captions,
       label=entry.label,
     )
+
+  def sizes(self) -> Sizes:
+    rows = np.array([(i.num_frames, i.height, i.width, i.fps) for i in self._infos], np.float64)
+    return Sizes(*(rows[:, k].astype(np.int32) for k in range(3)), rows[:, 3])
 
   def load(self, i: int, spec: ClipSpec, start_s: float = 0.0) -> np.ndarray:
     try:
