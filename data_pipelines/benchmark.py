@@ -96,8 +96,8 @@ class IndexOnly:
 def planning(rows_per_step: int, samples: int) -> list[dict]:
   """One line: what a process holds beyond the index itself, and how long rows take to find."""
   config = DataConfig(
-    patch=(4, 16, 16), rows=rows_per_step, row_tokens=65_536, row_samples=128, max_frames=96, max_tokens=16_384,
-    packing_cost=(24.0 * 1152, 4.0),
+    patch=(4, 16, 16), rows=rows_per_step, row_tokens=65_536, row_samples=128, max_frames=96,
+    max_tokens=16_384, packing_cost=(24.0 * 1152, 4.0),
   )  # fmt: skip
   source = IndexOnly(samples)
   index_mb, before_mb = sum(c.nbytes for c in source.sizes()) / 2**20, _peak_mb()

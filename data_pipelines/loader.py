@@ -1,5 +1,6 @@
 """Planned rows into loaded rows, and the memory of clips already decoded."""
 
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -12,6 +13,7 @@ import numpy as np
 from data_pipelines.config import DataConfig
 from data_pipelines.sizes import Fitted
 from data_pipelines.sources.base import SampleInfo, Source, UnreadableError
+from data_pipelines.workers import Notes
 from sora_jax.packing import token_drop
 from sora_jax.packing.geometry import ClipSpec, Grid, grid_of, pad_frames, patchify, positions, to_float
 from sora_jax.packing.hashing import uniform
@@ -90,6 +92,8 @@ class RowLoader:
     self.config, self.spec, self.tokenize, self.is_train = config, spec, tokenize, is_train
     self.cache = ClipCache(config.cache_mb * 2**20 // max(1, config.workers))
     self.failed: dict[str, str] = {}  # name -> reason, in this process
+    self.ended: dict[int, str] = {}  # samples that end the process which loads them
+    self.notes: Notes | None = None  # kept by worker processes
 
   def load(self, row: PlannedRow) -> TokenBatch:
     self.cache.enter(row.phase)
@@ -157,13 +161,19 @@ class RowLoader:
     whole = self.cache.get(key)
     if whole is None and self.cache.has_room(total * spec.height * spec.width * 3):
       try:
-        whole = self.source.load(info.id, dataclasses.replace(spec, num_frames=total))
+        whole = self._read(info.id, dataclasses.replace(spec, num_frames=total), 0.0)
         self.cache.put(key, whole)
       except UnreadableError:
         whole = None  # the part wanted may still be sound
     if whole is not None:
       return whole[start : start + spec.num_frames]
-    return self.source.load(info.id, spec, start / spec.fps if start else 0.0)
+    return self._read(info.id, spec, start / spec.fps if start else 0.0)
+
+  def _read(self, i: int, spec: ClipSpec, start_s: float) -> np.ndarray:
+    if i in self.ended:
+      raise UnreadableError("ends_process", self.ended[i])
+    with self.notes.loading(i, spec, start_s) if self.notes else contextlib.nullcontext():
+      return self.source.load(i, spec, start_s)
 
   def _draw(self, stream: int, epoch: int, i: int) -> float:
     return float(uniform(self.config.seed, stream, epoch, i))

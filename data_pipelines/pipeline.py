@@ -15,6 +15,7 @@ from data_pipelines.loader import RowLoader, Tokenize
 from data_pipelines.sources.base import SampleInfo, Source
 from data_pipelines.sources.registry import build_source
 from data_pipelines.summary import Report, describe
+from data_pipelines.workers import Deaths, Notes
 from sora_jax.packing.geometry import ClipSpec
 from sora_jax.packing.pack import stack_rows
 from sora_jax.packing.plan import RowPlan
@@ -109,9 +110,33 @@ class Pipeline:
     local = list(range(first, stop, stride))
     if not local:
       raise ValueError(f"{rows} holds none of the {self.spec.rows} rows of a batch")
-    config, num_rows = self.config, len(local)
-    source = _Rows(self.plan, self.loader, start_step, local)
-    buffer = max(num_rows * config.prefetch, config.threads)
+    at = start_step * len(local)  # in the stream of this host's rows
+    notes = Notes() if self.config.workers else None
+    self.loader.notes = notes
+    deaths = Deaths(self.source, notes, self.loader.ended)
+    try:
+      while True:
+        iterator = self._rows_from(at, local)
+        try:
+          while True:
+            yield stack_rows([next(iterator) for _ in local])
+            at += len(local)
+        except RuntimeError as e:
+          if not self.config.workers:
+            raise
+          deaths.explain(e)
+        finally:
+          if hasattr(iterator, "close"):
+            iterator.close()
+    finally:
+      if notes:
+        notes.close()
+
+  def _rows_from(self, at: int, local: list[int]) -> Iterator[TokenBatch]:
+    """Loaded rows of this host from place `at` of its stream on."""
+    config = self.config
+    source = _Rows(self.plan, self.loader, at, local)
+    buffer = max(len(local) * config.prefetch, config.threads)
     threads = grain.ReadOptions(
       num_threads=config.threads, prefetch_buffer_size=buffer if config.threads else 0
     )
@@ -123,13 +148,7 @@ class Pipeline:
       loaded = loaded.mp_prefetch(
         grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=per_worker)
       )
-    iterator = iter(loaded)
-    try:
-      while True:
-        yield stack_rows([next(iterator) for _ in local])
-    finally:
-      if hasattr(iterator, "close"):
-        iterator.close()
+    return iter(loaded)
 
   def epoch_batches(self, rows: slice | None = None, max_steps: int = 0) -> list[TokenBatch]:
     """Every sample once, in batches, the last one filled up with empty rows: for held-out samples."""
@@ -166,18 +185,17 @@ class Pipeline:
 
 
 class _Rows:
-  """Grain's view: element e is a loaded row; rows of one step lie side by side."""
+  """Grain's view: element e is a loaded row of this host; rows of one step lie side by side."""
 
-  def __init__(self, plan: RowPlan, loader: RowLoader, start_step: int, local: list[int]):
-    self.plan, self.loader, self.start_step, self.local = plan, loader, start_step, local
+  def __init__(self, plan: RowPlan, loader: RowLoader, first: int, local: list[int]):
+    self.plan, self.loader, self.first, self.local = plan, loader, first, local
 
   def __len__(self) -> int:
     return _ENDLESS
 
   def __getitem__(self, e: int) -> TokenBatch:
-    step, row = divmod(int(e), len(self.local))
-    index = (self.start_step + step) * self.plan.rows_per_step + self.local[row]
-    return self.loader.load(self.plan.row(index))
+    step, row = divmod(self.first + int(e), len(self.local))
+    return self.loader.load(self.plan.row(step * self.plan.rows_per_step + self.local[row]))
 
 
 def _parts_of(
