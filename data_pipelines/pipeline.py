@@ -19,7 +19,7 @@ from data_pipelines.workers import Deaths, Notes
 from sora_jax.packing.geometry import ClipSpec
 from sora_jax.packing.pack import stack_rows
 from sora_jax.packing.plan import RowPlan
-from sora_jax.types import BatchSpec, TokenBatch
+from sora_jax.types import NO_SAMPLE, BatchSpec, TokenBatch
 
 __all__ = ["DataConfig", "Pipeline", "batch_spec", "build_source"]
 
@@ -59,6 +59,7 @@ class Pipeline:
       raise ValueError(f"{source.name}: the {split} split has no sample (data.num_eval, data.eval_fraction)")
     names, counts, weights = _parts_of(source, self.fitted.ids)
     self.parts = names
+    self._part_ends = self.fitted.ids[np.cumsum(counts) - 1].astype(np.int64) + 1
     self.plan = RowPlan(
       phases=self.fitted.phases,
       kinds=self.fitted.kinds,
@@ -88,6 +89,17 @@ class Pipeline:
   def shown(self, most: int = _SHOWN) -> np.ndarray:
     """Places of all samples, or of so many spread evenly over them."""
     return np.linspace(0, len(self) - 1, min(len(self), most)).astype(np.int64)
+
+  def counts(self, batch: TokenBatch) -> dict[str, tuple[int, int]]:
+    """Of each source of a mixture: (samples, tokens) in a batch."""
+    ids = batch.sample_id_BN[batch.sample_id_BN != NO_SAMPLE]
+    slots = np.argwhere(batch.sample_id_BN != NO_SAMPLE)
+    tokens = [int((batch.segment_BL[b] == n + 1).sum()) for b, n in slots]
+    part_of = np.searchsorted(self._part_ends, ids, side="right")
+    return {
+      name: (int((part_of == p).sum()), int(np.bincount(part_of, tokens, minlength=p + 1)[p]))
+      for p, name in enumerate(self.parts)
+    }
 
   @functools.cached_property
   def infos(self) -> dict[int, SampleInfo]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from data_pipelines.config import DataConfig
 from data_pipelines.phases import Stage, stages_of
-from data_pipelines.sources.base import Sizes, Source
+from data_pipelines.sources.base import Sizes, Source, sizes_of
 from sora_jax.packing.fit import plan_window
 from sora_jax.packing.geometry import ClipSpec, Patch, fit_size, num_tokens
 from sora_jax.packing.plan import Phase
@@ -97,17 +97,6 @@ def fit(
 
 def _is_mixed(stage: Stage) -> bool:
   return len(set(stage.drop_rates)) > 1
-
-
-def sizes_of(source: Source) -> Sizes:
-  """Arrays of a source that keeps them, else drawn from its infos."""
-  if hasattr(source, "sizes"):
-    return source.sizes()
-  infos = (source.info(i) for i in range(len(source)))
-  rows = np.fromiter(
-    ((i.num_frames, i.height, i.width, i.fps) for i in infos), np.dtype((np.float64, 4)), len(source)
-  )
-  return Sizes(*(rows[:, k].astype(np.int32) for k in range(3)), rows[:, 3])
 
 
 def _kinds_of(sizes: Sizes, ids: np.ndarray) -> tuple[tuple[Native, ...], np.ndarray]:

@@ -101,3 +101,14 @@ class Source(Protocol):
   def fingerprint(self) -> str:
     """Changes when the samples do."""
     ...
+
+
+def sizes_of(source: Source) -> Sizes:
+  """Arrays of a source that keeps them, else drawn from its infos."""
+  if hasattr(source, "sizes"):
+    return source.sizes()
+  rows = np.empty((len(source), 4), np.float64)
+  for i in range(len(source)):
+    info = source.info(i)
+    rows[i] = info.num_frames, info.height, info.width, info.fps
+  return Sizes(*(rows[:, k].astype(np.int32) for k in range(3)), rows[:, 3])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data_pipelines.config import DataConfig
-from data_pipelines.sources import custom, formats
+from data_pipelines.sources import custom, formats, mixture
 from data_pipelines.sources.base import Found, ReadOptions, Source
 from data_pipelines.sources.files import FileSource
 from data_pipelines.sources.synthetic import SyntheticSource
@@ -28,6 +28,14 @@ def register(name: str) -> Callable[[Factory], Factory]:
 
 
 def build_source(config: DataConfig) -> Source:
+  """What `data.sources` names, else `data.source`."""
+  if config.sources:
+    parts = mixture.part_configs(config)
+    return mixture.MixedSource([(name, _build_one(part), weight) for name, part, weight in parts])
+  return _build_one(config)
+
+
+def _build_one(config: DataConfig) -> Source:
   """A registered name, else "module:Name", else a path in one of the formats of `formats.py`."""
   if config.source in _factories:
     return _factories[config.source](config)
