@@ -28,6 +28,7 @@ class SampleInfo:
   fps: float  # 0 for an image
   captions: tuple[str, ...]
   label: int = -1
+  start_s: float = 0.0  # where it begins in the file that it is a cut of
 
 
 @dataclasses.dataclass(frozen=True)

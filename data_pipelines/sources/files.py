@@ -62,7 +62,7 @@ class FileSource:
     return len(self._entries)
 
   def info(self, i: int) -> SampleInfo:
-    entry, info = self._entries[i], self._infos[i]
+    entry, info, rate = self._entries[i], self._infos[i], self._wholes[i].fps
     return SampleInfo(
       id=i,
       name=entry.sample_name,
@@ -72,6 +72,7 @@ class FileSource:
       fps=info.fps,
       captions=entry.captions,
       label=entry.label,
+      start_s=entry.cut[0] / rate if entry.cut and rate else 0.0,
     )
 
   def sizes(self) -> Sizes:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data_pipelines.config import DataConfig
-from data_pipelines.sources import custom, formats, mixture
+from data_pipelines.sources import custom, formats, mixture, tensorflow_datasets
 from data_pipelines.sources.base import Found, ReadOptions, Source
 from data_pipelines.sources.files import FileSource
 from data_pipelines.sources.synthetic import SyntheticSource
@@ -39,6 +39,8 @@ def _build_one(config: DataConfig) -> Source:
   """A registered name, else "module:Name", else a path in one of the formats of `formats.py`."""
   if config.source in _factories:
     return _factories[config.source](config)
+  if config.source.startswith(tensorflow_datasets.PREFIX):
+    return tensorflow_datasets.read(config)
   path, options = Path(os.path.expanduser(config.source)), read_options(config)
   if custom.is_custom(config.source) and not path.exists():
     found = custom.adapt(custom.make(config.source, config), config.source, options)
