@@ -1,7 +1,11 @@
-"""python -m data_pipelines.benchmark --what=padding|planning [--json]: what feeding a run costs.
+"""python -m data_pipelines.benchmark --what=WHAT [--source=PATH ...] [--json]: what feeding a run costs.
 
-padding   what packing wastes, by mix of sizes, and how unlike the rows of a step are
+padding   by mix of sizes: what packing wastes, how unlike the rows of a step are, and real tokens for the
+          same compute beside buckets and plain padding
 planning  memory and time of the plan of --samples=10000000 samples, at steps anywhere in the run
+decode    reading --source (and the other keys of config.data): against a plain PyAV loop and a pool of
+          processes, interleaved in one run
+latents   reading prepared latents of --source
 """
 
 import argparse
@@ -13,12 +17,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_pipelines.mixes import MIXES, draw
+from data_pipelines import benchmark_packing, benchmark_reading
+from data_pipelines.cli import add_arguments
 from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec
 from data_pipelines.sources.base import SampleInfo, Sizes
-from sora_jax.packing.plan import METHODS, RowPlan
+from sora_jax.packing.plan import RowPlan
 
-_SAMPLES = 200_000
 _STEPS = 200
 
 
@@ -26,42 +30,30 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     prog="python -m data_pipelines.benchmark", description=__doc__.split("\n")[0]
   )
-  parser.add_argument("--what", choices=("padding", "planning"), required=True)
-  parser.add_argument("--rows", type=int, default=64, help="of a step")
+  parser.add_argument("--what", choices=("padding", "planning", "decode", "latents"), required=True)
   parser.add_argument("--samples", type=int, default=10_000_000, help="of planning")
+  parser.add_argument("--clips", type=int, default=48, help="read in a round of decode or latents")
+  parser.add_argument("--repeats", type=int, default=3, help="rounds")
   parser.add_argument("--json", action="store_true")
-  arguments = parser.parse_args(argv)
-  lines = (
-    padding(arguments.rows) if arguments.what == "padding" else planning(arguments.rows, arguments.samples)
-  )
+  add_arguments(parser)
+  arguments = vars(parser.parse_args(argv))
+  own = {key: arguments.pop(key) for key in ("what", "samples", "clips", "repeats", "json")}
+  try:
+    config = DataConfig(**arguments)
+    if own["what"] == "padding":
+      lines = benchmark_packing.padding(config.rows)
+    elif own["what"] == "planning":
+      lines = planning(config.rows, own["samples"])
+    elif own["what"] == "latents":
+      lines = benchmark_reading.latents(config, own["clips"], own["repeats"])
+    else:
+      lines = benchmark_reading.decode(config, own["clips"], own["repeats"])
+  except ValueError as e:
+    print(f"error: {e}", file=sys.stderr)
+    return 2
   for line in lines:
-    print(json.dumps(line) if arguments.json else "  ".join(f"{k} {v}" for k, v in line.items()), flush=True)
+    print(json.dumps(line) if own["json"] else "  ".join(f"{k} {v}" for k, v in line.items()), flush=True)
   return 0
-
-
-def padding(rows_per_step: int) -> list[dict]:
-  """Greedy beside best fit: padding, and by how much the dearest row of a step costs more than the mean."""
-  lines = []
-  for name, mix in MIXES.items():
-    plan = RowPlan(
-      draw(mix, _SAMPLES),
-      rows_per_step=rows_per_step,
-      row_tokens=mix.row_tokens,
-      max_samples=mix.max_samples,
-      cost=mix.cost,
-    )
-    stats = plan.stats()
-    lines += [
-      {
-        "mix": name,
-        "method": method,
-        "padding_percent": round(100 * stats[method]["padding"], 2),
-        "dearest_over_mean": round(stats[method]["dearest_over_mean_of_step"], 3),
-        "samples_per_row": round(stats[method]["samples_per_row"], 1),
-      }
-      for method in METHODS
-    ]
-  return lines
 
 
 class IndexOnly:

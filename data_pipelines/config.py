@@ -32,6 +32,10 @@ class DataConfig:
   sources: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # several: see docs/data.md
   seed: int = 0
 
+  # Pixels, or latents of an encoder: its hash for a set prepared with it, "package.module:Class" for either.
+  latents: str = ""
+  latent_channels: int = 0
+
   # How large a sample becomes: see packing.geometry.fit_size.
   patch: Patch = (1, 16, 16)
   max_tokens: int = 0  # of one sample; 0 = a whole row
@@ -103,6 +107,15 @@ class DataConfig:
     self._check_schedules()
 
   def _check_schedules(self):
+    if self.latents and self.latent_channels < 1:
+      raise ValueError(
+        f"data.latents={self.latents!r} needs data.latent_channels, the channels of a latent cell"
+      )
+    if self.latents and (self.resolutions != (1.0,) or self.target_fps or self.max_padding):
+      raise ValueError(
+        "latents cannot be resized: with data.latents leave data.resolutions, data.target_fps and "
+        "data.max_padding as they are"
+      )
     steps = [entry[0] for entry in self.curriculum if entry]
     if self.curriculum and (
       any(len(entry) not in (2, 3) for entry in self.curriculum)
@@ -124,8 +137,8 @@ class DataConfig:
 
   @property
   def channels(self) -> int:
-    """Of a patch of RGB pixels."""
-    return 3 * self.patch[0] * self.patch[1] * self.patch[2]
+    """Of a patch, of RGB pixels or latents."""
+    return (self.latent_channels if self.latents else 3) * self.patch[0] * self.patch[1] * self.patch[2]
 
 
 def _token_drop(keys: dict[str, Any]) -> TokenDrop:

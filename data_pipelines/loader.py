@@ -90,6 +90,8 @@ class RowLoader:
   ):
     self.source, self.fitted = source, fitted
     self.config, self.spec, self.tokenize, self.is_train = config, spec, tokenize, is_train
+    self._channels = config.latent_channels if config.latents else 3
+    self._cell_bytes = 4 * self._channels if config.latents else 3
     self.cache = ClipCache(config.cache_mb * 2**20 // max(1, config.workers))
     self.failed: dict[str, str] = {}  # name -> reason, in this process
     self.ended: dict[int, str] = {}  # samples that end the process which loads them
@@ -116,7 +118,8 @@ class RowLoader:
     info, spec, patch = p.info, p.spec, self.config.patch
     try:
       clip = self._clip(p)
-      if clip.shape != (spec.num_frames, spec.height, spec.width, 3) or clip.dtype != np.uint8:
+      want = (spec.num_frames, spec.height, spec.width, self._channels)
+      if clip.shape != want or (clip.dtype != np.uint8) != bool(self.config.latents):
         raise UnreadableError("unreadable", f"{clip.dtype}{clip.shape} was read where {spec} was planned")
     except UnreadableError as e:
       if info.name not in self.failed:
@@ -124,8 +127,9 @@ class RowLoader:
         logging.warning("%s: %s cannot be read, padding instead: %s", self.source.name, info.name, e)
       return None
     grid = grid_of(spec, patch)
+    tokens = patchify(pad_frames(clip, patch[0]), patch)
     sample = PackedSample(
-      tokens_LC=to_float(patchify(pad_frames(clip, patch[0]), patch)),
+      tokens_LC=tokens.astype(np.float32) if self.config.latents else to_float(tokens),
       grid=grid,
       sample_id=info.id,
       text_ids=self.tokenize(self._caption(info, p.epoch)),
@@ -159,7 +163,7 @@ class RowLoader:
     start, total = self._start(p), total_frames(info, spec)
     key = (info.id, spec)
     whole = self.cache.get(key)
-    if whole is None and self.cache.has_room(total * spec.height * spec.width * 3):
+    if whole is None and self.cache.has_room(total * spec.height * spec.width * self._cell_bytes):
       try:
         whole = self._read(info.id, dataclasses.replace(spec, num_frames=total), 0.0)
         self.cache.put(key, whole)

@@ -11,6 +11,7 @@ from absl import flags
 
 from data_pipelines import sizes
 from data_pipelines.config import DataConfig, batch_spec
+from data_pipelines.latents import as_wanted
 from data_pipelines.loader import RowLoader, Tokenize
 from data_pipelines.sources.base import SampleInfo, Source
 from data_pipelines.sources.registry import build_source
@@ -48,6 +49,7 @@ class Pipeline:
       raise ValueError(
         f"the model takes {spec.channels} channels a patch, data.patch={config.patch} has {config.channels}"
       )
+    source = as_wanted(source, config)
     self.source, self.config, self.spec, self.split = source, config, spec, split
     is_train = split != "eval"
     ids = train_ids = chosen_ids(source, config, split)

@@ -6,6 +6,7 @@ import functools
 import numpy as np
 
 from data_pipelines.config import DataConfig
+from data_pipelines.latents import cut_to_size
 from data_pipelines.phases import Stage, stages_of
 from data_pipelines.sources.base import Sizes, Source, sizes_of
 from sora_jax.packing.fit import plan_window
@@ -124,6 +125,12 @@ def _kinds_of(sizes: Sizes, ids: np.ndarray) -> tuple[tuple[Native, ...], np.nda
 def _fit_kind(
   kind: int, native: Native, stage: Stage, resolution: float, config: DataConfig, unfit: dict[int, str]
 ) -> ClipSpec | None:
+  if config.latents:
+    try:
+      return cut_to_size(native, config.patch, stage.max_tokens, stage.max_frames)
+    except ValueError as e:
+      unfit[kind] = f"unfit: {e}"
+      return None
   shape = functools.partial(
     fit_size, *native, patch=config.patch, max_frames=stage.max_frames, target_fps=config.target_fps
   )

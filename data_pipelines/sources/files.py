@@ -75,6 +75,9 @@ class FileSource:
       start_s=entry.cut[0] / rate if entry.cut and rate else 0.0,
     )
 
+  def entry(self, i: int) -> Entry:
+    return self._entries[i]
+
   def sizes(self) -> Sizes:
     rows = np.array([(i.num_frames, i.height, i.width, i.fps) for i in self._infos], np.float64)
     return Sizes(*(rows[:, k].astype(np.int32) for k in range(3)), rows[:, 3])
