@@ -53,7 +53,7 @@ def of_json(text: str, where: str, column: str = "") -> tuple[str, ...]:
     return clean(record)
   known = split_columns(column, list(record) if isinstance(record, dict) else ()) or COLUMNS
   if not isinstance(record, dict) or not any(c in record for c in known):
-    found = ", ".join(map(str, record)) if isinstance(record, dict) else "no columns"
+    found = paths.listed(list(record)) if isinstance(record, dict) else "no columns"
     raise UnreadableError(
       "caption_unreadable", f"{where} has no caption column (one of {', '.join(known)}); it has {found}"
     )

@@ -9,6 +9,7 @@ import av
 import numpy as np
 
 from data_pipelines import index, media_io
+from data_pipelines.sources import paths
 from data_pipelines.sources.base import Entry, SampleInfo, Sizes
 from data_pipelines.video_io import MediaInfo, UnreadableError
 from sora_jax.packing.geometry import ClipSpec
@@ -54,7 +55,9 @@ class FileSource:
     if not self._entries:
       counts = collections.Counter(reason.split(":")[0] for _, reason in self.rejects)
       reasons = ", ".join(f"{n} {reason}" for reason, n in counts.most_common())
-      shown = "; ".join(f"{sample}: {reason}" for sample, reason in self.rejects[:3])
+      shown = "; ".join(
+        f"{paths.one_line(sample)}: {paths.one_line(reason, 200)}" for sample, reason in self.rejects[:3]
+      )
       remedy = "; --config.data.allow_outside_root=True allows it" if counts["outside_root"] else ""
       raise ValueError(f"{name}: no sample can be used ({reasons}), as {shown}{remedy}")
 

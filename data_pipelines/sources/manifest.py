@@ -102,12 +102,12 @@ def _columns(
   """Columns to look into, in order of preference."""
   wanted = captions.split_columns(chosen, columns)
   if missing := [c for c in wanted if c not in columns and len(wanted) > 1]:
-    raise ValueError(f"{where} has no column {', '.join(missing)}; it has {', '.join(map(str, columns))}")
+    raise ValueError(f"{where} has no column {', '.join(missing)}; it has {paths.listed(columns)}")
   found = [c for c in wanted or known if c in columns]
   if found or (is_optional and not chosen):
     return found
   wanted = f"column {chosen!r}" if chosen else f"{what} column (one of {', '.join(known)})"
-  raise ValueError(f"{where} has no {wanted}; it has {', '.join(map(str, columns))}: set data.{what}_column")
+  raise ValueError(f"{where} has no {wanted}; it has {paths.listed(columns)}: set data.{what}_column")
 
 
 def _number(value: object) -> float:
