@@ -126,10 +126,12 @@ def test_wrong_mixtures_are_named(sources, message):
 
 
 def test_pixels_and_latents_do_not_mix():
-  class Latents(SyntheticSource):
-    encoder_hash = "abc"
+  def latents(config):
+    source = SyntheticSource(5)
+    source.encoder_hash = "abc"
+    return source
 
-  register("latents_of_test")(lambda config: Latents(5))
+  register("latents_of_test")(latents)
   with pytest.raises(ValueError, match="mixes what one model cannot see at once: a pixels, b latents of abc"):
     make(sources={"a": {"source": "synthetic"}, "b": {"source": "latents_of_test"}})
 

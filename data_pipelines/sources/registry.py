@@ -3,14 +3,17 @@
 import dataclasses
 import os
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from data_pipelines.config import DataConfig
-from data_pipelines.sources import custom, formats, mixture, tensorflow_datasets
+from data_pipelines.sources import custom, formats, mixture, remote, tensorflow_datasets
 from data_pipelines.sources.base import Found, ReadOptions, Source
 from data_pipelines.sources.files import FileSource
 from data_pipelines.sources.synthetic import SyntheticSource
 
+ENTRY_POINTS = "sora_jax.sources"
 Factory = Callable[[DataConfig], Source]
 _factories: dict[str, Factory] = {}
 
@@ -41,17 +44,41 @@ def _build_one(config: DataConfig) -> Source:
     return _factories[config.source](config)
   if config.source.startswith(tensorflow_datasets.PREFIX):
     return tensorflow_datasets.read(config)
+  if entry_point := _entry_points().get(config.source):
+    return _found(
+      config.source, custom.adapt(_load(entry_point, config), config.source, read_options(config)), config
+    )
+  if remote.is_address(config.source):
+    form, found = remote.read(config.source, read_options(config), config.format)
+    return files_of(config.source, form, found, config)
   path, options = Path(os.path.expanduser(config.source)), read_options(config)
   if custom.is_custom(config.source) and not path.exists():
     found = custom.adapt(custom.make(config.source, config), config.source, options)
-    return files_of(config.source, "custom", found, config) if isinstance(found, Found) else found
+    return _found(config.source, found, config)
   # Open-Sora leaves foo.parquet away where the folder foo/ holds its shards.
   if not path.exists() and not (path.suffix == ".parquet" and path.with_suffix("").is_dir()):
     raise ValueError(
-      f"data.source={config.source!r} is neither a file or folder nor one of {', '.join(sorted(_factories))}"
+      f"data.source={config.source!r} is neither a file or folder nor one of "
+      f"{', '.join(sorted([*_factories, *_entry_points()]))}"
     )
   form, found = formats.read(path, options, config.format)
   return files_of(str(path), form, found, config)
+
+
+def _entry_points() -> dict[str, metadata.EntryPoint]:
+  """Sources that installed packages announce in the group "sora_jax.sources"."""
+  return {point.name: point for point in metadata.entry_points(group=ENTRY_POINTS)}
+
+
+def _load(point: metadata.EntryPoint, config: DataConfig) -> Any:
+  try:
+    return point.load()(**config.source_kwargs)
+  except (ImportError, AttributeError, TypeError) as e:
+    raise ValueError(f"data.source={config.source!r} ({point.value}): {e}") from e
+
+
+def _found(name: str, found: Found | Source, config: DataConfig) -> Source:
+  return files_of(name, "custom", found, config) if isinstance(found, Found) else found
 
 
 def files_of(name: str, form: str, found: Found, config: DataConfig) -> FileSource:
