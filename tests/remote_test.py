@@ -49,10 +49,7 @@ def test_a_folder_with_captions_beside(store, plain, tmp_path):
   put(store, {f"{name}.txt": text.encode() for name, text in TEXTS.items()})
   source = build(store, tmp_path)
   assert_same(source, plain)
-  assert (
-    source.entry(0).path == f"{store.replace('memory://', 'memory:///')}/a.mp4"
-    or "://" in source.entry(0).path
-  )
+  assert "://" in source.entry(0).path
   assert_same(build(store, tmp_path), plain)  # from the index
 
 
