@@ -63,12 +63,18 @@ def data() -> ml_collections.ConfigDict:
   c.decode_limit_s = 120.0
   c.index_dir = ""
   c.num_samples = 100_000
+  c.sources = ml_collections.ConfigDict()
   c.seed = 0
+  c.latents = ""
+  c.latent_channels = 0
   c.patch = (1, 16, 16)
   c.max_tokens = 0
   c.max_padding = 0.0
   c.max_frames = 0
   c.target_fps = 0.0
+  c.curriculum = ()
+  c.resolutions = (1.0,)
+  c.token_drop = token_drop()
   c.random_start = True
   c.rows = 8
   c.row_tokens = 1024
@@ -77,6 +83,7 @@ def data() -> ml_collections.ConfigDict:
   c.packing = "best_fit"
   c.packing_window = 4096
   c.packing_cost = (1.0, 0.0004)  # 24 d sum(l) + 4 sum(l^2) at width d = 384
+  c.caption_weights = ()
   c.given_probability = 0.0
   c.given_image_share = 0.5
   c.num_eval = 0
@@ -85,6 +92,22 @@ def data() -> ml_collections.ConfigDict:
   c.workers = 0
   c.prefetch = 2
   c.cache_mb = 1024
+  return c
+
+
+def token_drop() -> ml_collections.ConfigDict:
+  """sora_jax/packing/token_drop.py TokenDrop."""
+  c = ml_collections.ConfigDict()
+  c.rate = 0.0
+  c.schedule = "constant"
+  c.final_rate = 0.0
+  c.sigmoid_steps = 0
+  c.distribution = "fixed"
+  c.concentration = 4.0
+  c.levels = 8
+  c.most = 0.9
+  c.stop_step = 0
+  c.select = "random"
   return c
 
 

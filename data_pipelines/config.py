@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from sora_jax.packing.fit import METHODS
 from sora_jax.packing.geometry import Patch
-from sora_jax.packing.plan import METHODS
+from sora_jax.packing.token_drop import TokenDrop
 from sora_jax.types import BatchSpec
 
 
@@ -28,7 +29,12 @@ class DataConfig:
   )
   index_dir: str = ""  # "" = beside the data, or else in the user's cache folder
   num_samples: int = 100_000  # of the synthetic source
+  sources: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # several: see docs/data.md
   seed: int = 0
+
+  # Pixels, or latents of an encoder: its hash for a set prepared with it, "package.module:Class" for either.
+  latents: str = ""
+  latent_channels: int = 0
 
   # How large a sample becomes: see packing.geometry.fit_size.
   patch: Patch = (1, 16, 16)
@@ -38,6 +44,9 @@ class DataConfig:
   )
   max_frames: int = 0  # 0 = no cap
   target_fps: float = 0.0  # at most; 0 = native
+  curriculum: tuple[tuple[int, ...], ...] = ()  # (step, max_tokens[, max_frames]) from each step on
+  resolutions: tuple[float, ...] = (1.0,)  # of the side a sample would have; take turns, one an epoch
+  token_drop: TokenDrop = dataclasses.field(default_factory=TokenDrop)
   random_start: bool = True  # where a clip is longer than what is read of it
 
   # Rows.
@@ -48,6 +57,9 @@ class DataConfig:
   packing: str = "best_fit"  # or "greedy"
   packing_window: int = 4096  # samples packed at once
   packing_cost: tuple[float, float] = (1.0, 0.0)  # a, b: rows are evened out by a * sum(l) + b * sum(l^2)
+
+  # Captions: how often the first, the second, ... of a sample is taken; () = each as often.
+  caption_weights: tuple[float, ...] = ()
 
   # Prompts: with this probability the first frames of a video are given, not denoised.
   given_probability: float = 0.0
@@ -68,6 +80,12 @@ class DataConfig:
     object.__setattr__(self, "patch", tuple(int(p) for p in self.patch))
     object.__setattr__(self, "packing_cost", tuple(float(c) for c in self.packing_cost))
     object.__setattr__(self, "source_kwargs", dict(self.source_kwargs))
+    object.__setattr__(self, "sources", {name: dict(part) for name, part in dict(self.sources).items()})
+    object.__setattr__(self, "curriculum", tuple(tuple(int(n) for n in entry) for entry in self.curriculum))
+    object.__setattr__(self, "resolutions", tuple(float(r) for r in self.resolutions))
+    object.__setattr__(self, "caption_weights", tuple(float(w) for w in self.caption_weights))
+    if isinstance(self.token_drop, Mapping) or not isinstance(self.token_drop, TokenDrop):
+      object.__setattr__(self, "token_drop", _token_drop(dict(self.token_drop)))
     if len(self.patch) != 3 or min(self.patch) < 1:
       raise ValueError(f"data.patch={self.patch} is not (frames, height, width)")
     for key in ("rows", "row_tokens", "row_samples", "row_text_tokens", "packing_window", "prefetch"):
@@ -86,10 +104,48 @@ class DataConfig:
       if not 0 <= getattr(self, key) <= 1:
         raise ValueError(f"data.{key}={getattr(self, key)} is not a share between 0 and 1")
 
+    self._check_schedules()
+
+  def _check_schedules(self):
+    if self.latents and self.latent_channels < 1:
+      raise ValueError(
+        f"data.latents={self.latents!r} needs data.latent_channels, the channels of a latent cell"
+      )
+    if self.latents and (self.resolutions != (1.0,) or self.target_fps or self.max_padding):
+      raise ValueError(
+        "latents cannot be resized: with data.latents leave data.resolutions, data.target_fps and "
+        "data.max_padding as they are"
+      )
+    steps = [entry[0] for entry in self.curriculum if entry]
+    if self.curriculum and (
+      any(len(entry) not in (2, 3) for entry in self.curriculum)
+      or steps[0] != 0
+      or any(a >= b for a, b in zip(steps, steps[1:]))
+    ):
+      raise ValueError(
+        f"data.curriculum={self.curriculum} is no list of (step, max_tokens) or (step, max_tokens, "
+        "max_frames) with steps that begin at 0 and rise"
+      )
+    if any(not 0 < entry[1] <= self.row_tokens for entry in self.curriculum):
+      raise ValueError(
+        f"data.curriculum={self.curriculum}: max_tokens is from 1 to row_tokens={self.row_tokens}"
+      )
+    if not self.resolutions or not all(0 < r <= 1 for r in self.resolutions):
+      raise ValueError(f"data.resolutions={self.resolutions} are not shares above 0, up to 1")
+    if self.caption_weights and (min(self.caption_weights) < 0 or not sum(self.caption_weights)):
+      raise ValueError(f"data.caption_weights={self.caption_weights} are not weights from 0 on")
+
   @property
   def channels(self) -> int:
-    """Of a patch of RGB pixels."""
-    return 3 * self.patch[0] * self.patch[1] * self.patch[2]
+    """Of a patch, of RGB pixels or latents."""
+    return (self.latent_channels if self.latents else 3) * self.patch[0] * self.patch[1] * self.patch[2]
+
+
+def _token_drop(keys: dict[str, Any]) -> TokenDrop:
+  known = [f.name for f in dataclasses.fields(TokenDrop)]
+  if unknown := sorted(set(keys) - set(known)):
+    raise ValueError(f"data.token_drop has no key {', '.join(unknown)}; it has {', '.join(known)}")
+  return TokenDrop(**keys)
 
 
 def batch_spec(config: DataConfig) -> BatchSpec:

@@ -53,6 +53,8 @@ def _probe(entry: Entry, decode_limit_s: float) -> Probed:
 
 
 def _key(entry: Entry, decode_limit_s: float) -> str:
+  if "://" in entry.path:  # an object: its size is in the span
+    return f"{_VERSION}:{decode_limit_s:g}:{entry.span}:{entry.path}"
   try:
     paths = [os.path.join(entry.path, name) for name in entry.frames] or [entry.path]
     files = [os.stat(path) for path in paths]

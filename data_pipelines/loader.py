@@ -1,17 +1,24 @@
 """Planned rows into loaded rows, and the memory of clips already decoded."""
 
+import contextlib
 import dataclasses
+import itertools
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from data_pipelines.config import DataConfig
+from data_pipelines.sizes import Fitted
 from data_pipelines.sources.base import SampleInfo, Source, UnreadableError
-from sora_jax.packing.geometry import ClipSpec, Grid, grid_of, pad_frames, patchify, to_float
+from data_pipelines.workers import Notes
+from sora_jax.packing import token_drop
+from sora_jax.packing.geometry import ClipSpec, Grid, grid_of, pad_frames, patchify, positions, to_float
+from sora_jax.packing.hashing import uniform
 from sora_jax.packing.pack import PackedSample, pack_row
-from sora_jax.packing.plan import PlannedRow, uniform
+from sora_jax.packing.plan import PlannedRow
 from sora_jax.types import BatchSpec, TokenBatch
 
 Tokenize = Callable[[str], Sequence[int]]
@@ -21,108 +28,182 @@ _START, _CAPTION, _GIVEN, _GIVEN_KIND, _GIVEN_COUNT = range(10, 15)
 
 
 class ClipCache:
-  """Keeps decoded clips until `max_bytes` are in use; nothing is evicted, for an epoch comes round to all."""
+  """Keeps decoded clips until `max_bytes` are in use. Nothing is evicted, as an epoch comes round to all, but
+  when another stage of the run begins, with clips of other sizes."""
 
   def __init__(self, max_bytes: int):
-    self.max_bytes, self.used, self.hits = max_bytes, 0, 0
-    self._clips: dict[int, np.ndarray] = {}
+    self.max_bytes, self.used, self.hits, self.stage = max_bytes, 0, 0, 0
+    self._clips: dict[Hashable, np.ndarray] = {}
     self._lock = threading.Lock()
 
   def __reduce__(self):  # each process keeps its own
     return (ClipCache, (self.max_bytes,))
 
-  def get(self, key: int) -> np.ndarray | None:
+  def __len__(self) -> int:
+    return len(self._clips)
+
+  def get(self, key: Hashable) -> np.ndarray | None:
     with self._lock:
       clip = self._clips.get(key)
       self.hits += clip is not None
       return clip
 
+  def enter(self, stage: int) -> None:
+    with self._lock:
+      if stage > self.stage:
+        self.stage, self.used = stage, 0
+        self._clips.clear()
+
   def has_room(self, num_bytes: int) -> bool:
     """One clip may take at most a sixteenth: a long one would push out many."""
     return num_bytes <= self.max_bytes // 16 and self.used + num_bytes <= self.max_bytes
 
-  def put(self, key: int, clip: np.ndarray) -> None:
+  def put(self, key: Hashable, clip: np.ndarray) -> None:
     with self._lock:
       if key not in self._clips and self.used + clip.nbytes <= self.max_bytes:
         self._clips[key] = clip
         self.used += clip.nbytes
 
 
+class Planned(NamedTuple):
+  """A sample as a row of the plan has it."""
+
+  epoch: int
+  info: SampleInfo
+  spec: ClipSpec
+  kept: int  # tokens
+  stage: int
+
+
 class RowLoader:
-  """PlannedRow -> TokenBatch of one row; the same for the same (epoch, ids), in any thread or process."""
+  """PlannedRow -> TokenBatch of one row; the same for the same row, in any thread or process."""
 
   def __init__(
     self,
     source: Source,
-    infos: dict[int, SampleInfo],
-    specs: dict[int, ClipSpec],
+    fitted: Fitted,
     config: DataConfig,
     spec: BatchSpec,
     tokenize: Tokenize,
     *,
     is_train: bool,
   ):
-    self.source, self.infos, self.specs = source, infos, specs
+    self.source, self.fitted = source, fitted
     self.config, self.spec, self.tokenize, self.is_train = config, spec, tokenize, is_train
+    self._channels = config.latent_channels if config.latents else 3
+    self._cell_bytes = 4 * self._channels if config.latents else 3
     self.cache = ClipCache(config.cache_mb * 2**20 // max(1, config.workers))
     self.failed: dict[str, str] = {}  # name -> reason, in this process
+    self.ended: dict[int, str] = {}  # samples that end the process which loads them
+    self.notes: Notes | None = None  # kept by worker processes
 
   def load(self, row: PlannedRow) -> TokenBatch:
-    samples = [s for i in row.ids if (s := self._sample(i, row.epoch)) is not None]
+    self.cache.enter(row.phase)
+    samples = [s for p in self._planned(row) if (s := self._sample(p)) is not None]
     return pack_row(samples, self.spec, unreadable=len(row.ids) - len(samples))
 
-  def _sample(self, i: int, epoch: int) -> PackedSample | None:
-    info, spec, patch = self.infos[i], self.specs[i], self.config.patch
+  def _planned(self, row: PlannedRow) -> Iterator[Planned]:
+    fitted = self.fitted
+    for epoch, n, variant in zip(row.epochs, row.ids, row.variants):
+      kind = fitted.kinds[n]
+      yield Planned(
+        epoch,
+        self.source.info(int(fitted.ids[n])),
+        fitted.specs[row.phase][variant][kind],
+        int(fitted.phases[row.phase].table[variant, kind]),
+        row.phase,
+      )
+
+  def _sample(self, p: Planned) -> PackedSample | None:
+    info, spec, patch = p.info, p.spec, self.config.patch
     try:
-      clip = self._clip(i, epoch)
-      if clip.shape != (spec.num_frames, spec.height, spec.width, 3) or clip.dtype != np.uint8:
+      clip = self._clip(p)
+      want = (spec.num_frames, spec.height, spec.width, self._channels)
+      if clip.shape != want or (clip.dtype != np.uint8) != bool(self.config.latents):
         raise UnreadableError("unreadable", f"{clip.dtype}{clip.shape} was read where {spec} was planned")
     except UnreadableError as e:
       if info.name not in self.failed:
         self.failed[info.name] = str(e)
         logging.warning("%s: %s cannot be read, padding instead: %s", self.source.name, info.name, e)
       return None
-    tokens = to_float(patchify(pad_frames(clip, patch[0]), patch))
     grid = grid_of(spec, patch)
-    return PackedSample(
-      tokens_LC=tokens,
+    tokens = patchify(pad_frames(clip, patch[0]), patch)
+    sample = PackedSample(
+      tokens_LC=tokens.astype(np.float32) if self.config.latents else to_float(tokens),
       grid=grid,
       sample_id=info.id,
-      text_ids=self.tokenize(self._caption(info, epoch)),
+      text_ids=self.tokenize(self._caption(info, p.epoch)),
       fps=spec.fps,
       label=info.label,
-      given_L=self._given(i, epoch, grid),
+      given_L=self._given(info.id, p.epoch, grid),
+    )
+    return self._dropped(sample, p)
+
+  def _dropped(self, sample: PackedSample, p: Planned) -> PackedSample:
+    """Without the tokens that the plan has no room for; those that stay keep their positions."""
+    if p.kept == len(sample.tokens_LC):
+      return sample
+    places = token_drop.keep(
+      sample.tokens_LC,
+      sample.grid,
+      p.kept,
+      select=self.config.token_drop.select,
+      key=(self.config.seed, p.epoch, sample.sample_id),
+      given_L=sample.given_L,
+    )
+    return dataclasses.replace(
+      sample,
+      tokens_LC=sample.tokens_LC[places],
+      given_L=None if sample.given_L is None else sample.given_L[places],
+      position_L3=positions(sample.grid)[places],
     )
 
-  def _clip(self, i: int, epoch: int) -> np.ndarray:
-    info, spec = self.infos[i], self.specs[i]
-    start, total = self._start(i, epoch), total_frames(info, spec)
-    whole = self.cache.get(i)
-    if whole is None and self.cache.has_room(total * spec.height * spec.width * 3):
+  def _clip(self, p: Planned) -> np.ndarray:
+    info, spec = p.info, p.spec
+    start, total = self._start(p), total_frames(info, spec)
+    key = (info.id, spec)
+    whole = self.cache.get(key)
+    if whole is None and self.cache.has_room(total * spec.height * spec.width * self._cell_bytes):
       try:
-        whole = self.source.load(i, dataclasses.replace(spec, num_frames=total))
-        self.cache.put(i, whole)
+        whole = self._read(info.id, dataclasses.replace(spec, num_frames=total), 0.0)
+        self.cache.put(key, whole)
       except UnreadableError:
         whole = None  # the part wanted may still be sound
     if whole is not None:
       return whole[start : start + spec.num_frames]
-    return self.source.load(i, spec, start / spec.fps if start else 0.0)
+    return self._read(info.id, spec, start / spec.fps if start else 0.0)
+
+  def _read(self, i: int, spec: ClipSpec, start_s: float) -> np.ndarray:
+    if i in self.ended:
+      raise UnreadableError("ends_process", self.ended[i])
+    with self.notes.loading(i, spec, start_s) if self.notes else contextlib.nullcontext():
+      return self.source.load(i, spec, start_s)
 
   def _draw(self, stream: int, epoch: int, i: int) -> float:
     return float(uniform(self.config.seed, stream, epoch, i))
 
-  def _start(self, i: int, epoch: int) -> int:
+  def _start(self, p: Planned) -> int:
     """First frame, counted at the rate that is read."""
-    spare = total_frames(self.infos[i], self.specs[i]) - self.specs[i].num_frames
+    spare = total_frames(p.info, p.spec) - p.spec.num_frames
     if spare <= 0 or not (self.config.random_start and self.is_train):
       return 0
-    return int(self._draw(_START, epoch, i) * (spare + 1))
+    return int(self._draw(_START, p.epoch, p.info.id) * (spare + 1))
 
   def _caption(self, info: SampleInfo, epoch: int) -> str:
-    if not info.captions:
+    """The first one of held-out samples; else drawn by `caption_weights` among those that are not empty."""
+    captions = [c for c in info.captions if c] if not self.config.caption_weights else info.captions
+    if not any(captions):
       return ""
-    choice = self._draw(_CAPTION, epoch, info.id) if self.is_train else 0.0
-    return info.captions[int(choice * len(info.captions))]
+    if not self.is_train:
+      return next(c for c in captions if c)
+    weights = self.config.caption_weights or (1.0,) * len(captions)
+    weights = np.array(
+      [w if c else 0.0 for c, w in itertools.zip_longest(captions, weights, fillvalue=0)][: len(captions)]
+    )
+    if not weights.sum():  # none that the weights speak of
+      weights = np.array([float(bool(c)) for c in captions])
+    shares = np.cumsum(weights) / weights.sum()
+    return captions[int(np.searchsorted(shares, self._draw(_CAPTION, epoch, info.id), side="right"))]
 
   def _given(self, i: int, epoch: int, grid: Grid) -> np.ndarray | None:
     """Tokens of the first frames, as a prompt; never all of them, and none of an image."""

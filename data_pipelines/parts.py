@@ -1,18 +1,29 @@
 """A part of a file, read as if it were a file: a member of a tar archive."""
 
 import dataclasses
+import io
 import os
 from pathlib import Path
 from typing import BinaryIO
 
+import fsspec
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
+  """Of a local file, of an object (any fsspec address) or of bytes at hand, which `path` then only names."""
+
   path: str
   offset: int
   size: int
+  data: bytes | None = dataclasses.field(default=None, repr=False)
 
-  def open(self) -> "PartFile":
+  def open(self) -> "PartFile | io.BytesIO":
+    if self.data is not None:
+      return io.BytesIO(self.data[self.offset : self.offset + self.size])
+    if "://" in self.path:  # clips are small: one request, not one a seek
+      fs, path = fsspec.url_to_fs(self.path)
+      return io.BytesIO(fs.cat_file(path, start=self.offset, end=self.offset + self.size))
     return PartFile(self)
 
   def read(self) -> bytes:
@@ -58,5 +69,5 @@ class PartFile:
 Media = str | Path | Part
 
 
-def open_bytes(media: Media) -> BinaryIO | PartFile:
+def open_bytes(media: Media) -> BinaryIO | PartFile | io.BytesIO:
   return media.open() if isinstance(media, Part) else open(media, "rb")

@@ -1,8 +1,9 @@
 """The batches of a run: batch k is a pure function of (index, seed, k)."""
 
+import functools
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import grain
 import numpy as np
@@ -10,18 +11,22 @@ from absl import flags
 
 from data_pipelines import sizes
 from data_pipelines.config import DataConfig, batch_spec
+from data_pipelines.latents import as_wanted
 from data_pipelines.loader import RowLoader, Tokenize
 from data_pipelines.sources.base import SampleInfo, Source
 from data_pipelines.sources.registry import build_source
 from data_pipelines.summary import Report, describe
-from sora_jax.packing.geometry import num_tokens
+from data_pipelines.workers import Deaths, Notes
+from sora_jax.packing.geometry import ClipSpec
 from sora_jax.packing.pack import stack_rows
 from sora_jax.packing.plan import RowPlan
-from sora_jax.types import BatchSpec, TokenBatch
+from sora_jax.types import NO_SAMPLE, BatchSpec, TokenBatch
 
 __all__ = ["DataConfig", "Pipeline", "batch_spec", "build_source"]
 
 _ENDLESS = 2**31 - 1  # rows; grain wants a length
+_SHOWN = 2**20  # samples, at most, of which all is known at once
+_CHUNK = 2**20
 
 
 class Pipeline:
@@ -44,29 +49,74 @@ class Pipeline:
       raise ValueError(
         f"the model takes {spec.channels} channels a patch, data.patch={config.patch} has {config.channels}"
       )
+    source = as_wanted(source, config)
     self.source, self.config, self.spec, self.split = source, config, spec, split
-    everything = {i: source.info(i) for i in range(len(source))}
-    chosen = split_ids(everything, config, split)
-    self.max_tokens = sizes.lower_max_tokens(
-      [everything[i] for i in split_ids(everything, config, "train")], config, spec
-    )
-    self.infos, self.specs, self.rejects = sizes.fit_all(
-      {i: everything[i] for i in chosen}, config, self.max_tokens
-    )
-    if not self.infos:
+    is_train = split != "eval"
+    ids = train_ids = chosen_ids(source, config, split)
+    if config.max_padding and split != "train":
+      train_ids = chosen_ids(source, config, "train")
+    self.fitted = sizes.fit(source, ids, config, spec, is_train=is_train, train_ids=train_ids)
+    self.rejects = [(source.info(i).name, why) for i, why in self.fitted.rejects]
+    if not len(self.fitted):
       raise ValueError(f"{source.name}: the {split} split has no sample (data.num_eval, data.eval_fraction)")
-    self._ids = np.fromiter(self.infos, np.int64)
-    self.lengths = np.array([num_tokens(self.specs[i], config.patch) for i in self._ids], np.int64)
-    names = [info.name for info in self.infos.values()]
-    self.plan = sizes.plan_rows(self.lengths, config, spec, names)
-    self.loader = RowLoader(source, self.infos, self.specs, config, spec, tokenize, is_train=split != "eval")
+    names, counts, weights = _parts_of(source, self.fitted.ids)
+    self.parts = names
+    self._part_ends = self.fitted.ids[np.cumsum(counts) - 1].astype(np.int64) + 1
+    self.plan = RowPlan(
+      phases=self.fitted.phases,
+      kinds=self.fitted.kinds,
+      rows_per_step=spec.rows,
+      row_tokens=spec.tokens,
+      max_samples=spec.samples,
+      seed=config.seed,
+      method=config.packing,
+      window=config.packing_window,
+      cost=config.packing_cost,
+      parts=counts,
+      weights=weights if is_train else None,
+    )
+    self.loader = RowLoader(source, self.fitted, config, spec, tokenize, is_train=is_train)
 
   def __len__(self) -> int:
-    return len(self.infos)
+    return len(self.fitted)
+
+  @property
+  def max_tokens(self) -> int:
+    return self.fitted.max_tokens
+
+  @property
+  def lengths(self) -> np.ndarray:
+    return self.plan.lengths
+
+  def shown(self, most: int = _SHOWN) -> np.ndarray:
+    """Places of all samples, or of so many spread evenly over them."""
+    return np.linspace(0, len(self) - 1, min(len(self), most)).astype(np.int64)
+
+  def counts(self, batch: TokenBatch) -> dict[str, tuple[int, int]]:
+    """Of each source of a mixture: (samples, tokens) in a batch."""
+    ids = batch.sample_id_BN[batch.sample_id_BN != NO_SAMPLE]
+    slots = np.argwhere(batch.sample_id_BN != NO_SAMPLE)
+    tokens = [int((batch.segment_BL[b] == n + 1).sum()) for b, n in slots]
+    part_of = np.searchsorted(self._part_ends, ids, side="right")
+    return {
+      name: (int((part_of == p).sum()), int(np.bincount(part_of, tokens, minlength=p + 1)[p]))
+      for p, name in enumerate(self.parts)
+    }
+
+  @functools.cached_property
+  def infos(self) -> dict[int, SampleInfo]:
+    """By sample of the source; of large sets those of `shown`."""
+    return {i: self.source.info(i) for i in self.fitted.ids[self.shown()].tolist()}
+
+  @functools.cached_property
+  def specs(self) -> dict[int, ClipSpec]:
+    """The largest size of each sample of `infos` in the last stage."""
+    fitted, last = self.fitted, self.fitted.last
+    return {int(fitted.ids[n]): last[fitted.kinds[n]] for n in self.shown()}
 
   @property
   def captions(self) -> list[str]:
-    return [c for info in self.infos.values() for c in info.captions]
+    return [c for info in self.infos.values() for c in info.captions if c]
 
   def batches(self, start_step: int = 0, rows: slice | None = None) -> Iterator[TokenBatch]:
     """Endless batches from `start_step` on; `rows` are those of the global batch that this host holds."""
@@ -74,9 +124,33 @@ class Pipeline:
     local = list(range(first, stop, stride))
     if not local:
       raise ValueError(f"{rows} holds none of the {self.spec.rows} rows of a batch")
-    config, num_rows = self.config, len(local)
-    source = _Rows(self.plan, self.loader, self._ids, start_step, local)
-    buffer = max(num_rows * config.prefetch, config.threads)
+    at = start_step * len(local)  # in the stream of this host's rows
+    notes = Notes() if self.config.workers else None
+    self.loader.notes = notes
+    deaths = Deaths(self.source, notes, self.loader.ended)
+    try:
+      while True:
+        iterator = self._rows_from(at, local)
+        try:
+          while True:
+            yield stack_rows([next(iterator) for _ in local])
+            at += len(local)
+        except RuntimeError as e:
+          if not self.config.workers:
+            raise
+          deaths.explain(e)
+        finally:
+          if hasattr(iterator, "close"):
+            iterator.close()
+    finally:
+      if notes:
+        notes.close()
+
+  def _rows_from(self, at: int, local: list[int]) -> Iterator[TokenBatch]:
+    """Loaded rows of this host from place `at` of its stream on."""
+    config = self.config
+    source = _Rows(self.plan, self.loader, at, local)
+    buffer = max(len(local) * config.prefetch, config.threads)
     threads = grain.ReadOptions(
       num_threads=config.threads, prefetch_buffer_size=buffer if config.threads else 0
     )
@@ -88,13 +162,7 @@ class Pipeline:
       loaded = loaded.mp_prefetch(
         grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=per_worker)
       )
-    iterator = iter(loaded)
-    try:
-      while True:
-        yield stack_rows([next(iterator) for _ in local])
-    finally:
-      if hasattr(iterator, "close"):
-        iterator.close()
+    return iter(loaded)
 
   def epoch_batches(self, rows: slice | None = None, max_steps: int = 0) -> list[TokenBatch]:
     """Every sample once, in batches, the last one filled up with empty rows: for held-out samples."""
@@ -104,68 +172,83 @@ class Pipeline:
     for step in range(min(steps, max_steps or steps)):
       mine = range(*(rows or slice(None)).indices(self.spec.rows))
       at = [step * self.spec.rows + r for r in mine]
-      loaded = [
-        self.loader.load(_with_ids(planned[r], self._ids)) if r < len(planned) else self.spec.zeros(1)
-        for r in at
-      ]
+      loaded = [self.loader.load(planned[r]) if r < len(planned) else self.spec.zeros(1) for r in at]
       batches.append(stack_rows(loaded))
     return batches
 
   def fingerprint(self) -> str:
     """Of all that decides which batch comes at which step."""
-    c = self.config
+    c, fitted = self.config, self.fitted
+    digest = hashlib.blake2b(digest_size=16)
     facts = (
-      self.source.fingerprint(), self.split, self.spec, c.seed, c.packing, c.packing_window, c.packing_cost,
-      tuple(self.specs.items()),
+      "plan 2", self.source.fingerprint(), self.split, self.spec, c.seed, c.packing, c.packing_window,
+      c.packing_cost, c.token_drop.select, fitted.natives, fitted.stages, fitted.specs, self.plan.parts,
+      [(p.step, p.order, p.table.tolist()) for p in fitted.phases],
     )  # fmt: skip
-    return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
+    digest.update(repr(facts).encode())
+    for column in (fitted.ids, fitted.kinds):
+      for start in range(0, len(column), _CHUNK):
+        digest.update(column[start : start + _CHUNK].tobytes())
+    return digest.hexdigest()
 
   def report(self) -> Report:
+    rejects = [*self.source.rejects, *self.rejects]
     return describe(
-      self.source,
-      self.infos,
-      self.specs,
-      self.rejects,
-      self.plan,
-      self.spec,
-      self.loader.tokenize,
-      self.max_tokens,
+      self.source, self.fitted, self.plan, self.spec, self.loader.tokenize, rejects=rejects, parts=self.parts
     )
 
 
 class _Rows:
-  """Grain's view: element e is a loaded row; rows of one step lie side by side."""
+  """Grain's view: element e is a loaded row of this host; rows of one step lie side by side."""
 
-  def __init__(self, plan: RowPlan, loader: RowLoader, ids: np.ndarray, start_step: int, local: list[int]):
-    self.plan, self.loader, self.ids, self.start_step, self.local = plan, loader, ids, start_step, local
+  def __init__(self, plan: RowPlan, loader: RowLoader, first: int, local: list[int]):
+    self.plan, self.loader, self.first, self.local = plan, loader, first, local
 
   def __len__(self) -> int:
     return _ENDLESS
 
   def __getitem__(self, e: int) -> TokenBatch:
-    step, row = divmod(int(e), len(self.local))
-    index = (self.start_step + step) * self.plan.rows_per_step + self.local[row]
-    return self.loader.load(_with_ids(self.plan.row(index), self.ids))
+    step, row = divmod(self.first + int(e), len(self.local))
+    return self.loader.load(self.plan.row(step * self.plan.rows_per_step + self.local[row]))
 
 
-def _with_ids(row, ids: np.ndarray):
-  """Positions in the split to ids in the source."""
-  return row._replace(ids=tuple(int(ids[i]) for i in row.ids))
+def _parts_of(
+  source: Source, ids: np.ndarray
+) -> tuple[tuple[str, ...], tuple[int, ...], tuple[float, ...] | None]:
+  """(names, samples used, weights) of the sources that a mixture is made of; ids of one follow on another."""
+  parts = getattr(source, "parts", ((source.name, len(source), None),))
+  ends = np.searchsorted(ids, np.cumsum([size for _, size, _ in parts]))
+  counts = np.diff(ends, prepend=0).tolist()
+  used = [(name, count, weight) for (name, _, weight), count in zip(parts, counts) if count]
+  names, counts, weights = zip(*used)
+  return names, counts, None if None in weights else weights
+
+
+def chosen_ids(source: Source, config: DataConfig, split: str) -> np.ndarray:
+  """Samples of one side of the split, ascending."""
+  if split != "all" and (config.num_eval or config.eval_fraction):
+    names = (source.info(i).name for i in range(len(source)))
+    return np.array(_split(names, len(source), config, split), np.uint32)
+  return np.arange(0 if split == "eval" else len(source), dtype=np.uint32)
 
 
 def split_ids(infos: dict[int, SampleInfo], config: DataConfig, split: str) -> list[int]:
   """A sample's side depends on its name alone (with `eval_fraction`: not even on the other samples)."""
+  ids = list(infos)
   if split == "all":
-    return list(infos)
+    return ids
+  return [ids[n] for n in _split((infos[i].name for i in ids), len(ids), config, split)]
+
+
+def _split(names: Iterable[str], count: int, config: DataConfig, split: str) -> list[int]:
   assert split in ("train", "eval"), split
-  place = {
-    i: int.from_bytes(hashlib.blake2b(info.name.encode(), digest_size=8).digest(), "big") / 2**64
-    for i, info in infos.items()
-  }
+  hashed = (int.from_bytes(hashlib.blake2b(n.encode(), digest_size=8).digest(), "big") for n in names)
+  place = np.fromiter(hashed, np.uint64, count)
   if config.num_eval:
-    if config.num_eval >= len(infos):
-      raise ValueError(f"data.num_eval={config.num_eval} leaves none of {len(infos)} samples to train on")
-    held_out = set(sorted(infos, key=lambda i: (place[i], i))[: config.num_eval])
+    if config.num_eval >= count:
+      raise ValueError(f"data.num_eval={config.num_eval} leaves none of {count} samples to train on")
+    held_out = np.zeros(count, bool)
+    held_out[np.argsort(place, kind="stable")[: config.num_eval]] = True
   else:
-    held_out = {i for i in infos if place[i] < config.eval_fraction}
-  return [i for i in infos if (i in held_out) == (split == "eval")]
+    held_out = place / 2.0**64 < config.eval_fraction
+  return np.flatnonzero(held_out == (split == "eval")).tolist()

@@ -6,14 +6,16 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from data_pipelines.sources.base import SampleInfo, Source
-from sora_jax.packing.geometry import ClipSpec
+from data_pipelines.sizes import Fitted
+from data_pipelines.sources.base import Source
+from sora_jax.packing.geometry import num_tokens
 from sora_jax.packing.pack import share_text
 from sora_jax.packing.plan import RowPlan
 from sora_jax.types import BatchSpec
 
 _SECONDS = (1, 2, 5, 10, 30, 60, 600)
 _LISTED = 50  # names printed of those skipped
+_TEXTS = 2**18  # captions looked at, at most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,8 @@ class Report:
   packing: dict[str, dict[str, float]]  # per method, see RowPlan.stats
   method: str
   max_tokens: int
+  parts: dict[str, dict[str, float]]  # by source of a mixture
+  stages: list[dict[str, float]]  # of the run: from which step, caps, share of tokens dropped
 
   def as_dict(self) -> dict:
     return dataclasses.asdict(self)
@@ -59,60 +63,120 @@ class Report:
       f"text        {self.text_tokens} tokens; rows have no room for {self.text_tokens_cut} of them, "
       f"of {self.captions_cut} captions",
     ]
+    if len(self.parts) > 1:
+      lines += [
+        f"  of {name:<9} {p['samples']} samples, {100 * p['share_of_samples']:.1f} % of those seen, "
+        f"{100 * p['share_of_tokens']:.1f} % of the tokens"
+        for name, p in self.parts.items()
+      ]
+    if len(self.stages) > 1 or any(s["dropped"] for s in self.stages):
+      lines += [
+        f"from step   {s['step']}: at most {s['max_tokens']} tokens, "
+        + (f"{s['max_frames']} frames, " if s["max_frames"] else "")
+        + f"{100 * s['dropped']:.1f} % of them dropped"
+        for s in self.stages
+      ]
     for method, s in self.packing.items():
       mark = "  <- used" if method == self.method else ""
       lines.append(
         f"{method:<11} padding {100 * s['padding']:.2f} %, {s['rows']} rows an epoch, "
-        f"{s['samples_per_row']:.1f} samples a row, dearest row {s['dearest_over_mean']:.2f}x the mean{mark}"
+        f"{s['samples_per_row']:.1f} samples a row, dearest row of a step "
+        f"{s['dearest_over_mean_of_step']:.2f}x the mean{mark}"
       )
     return "\n".join(lines)
 
 
 def describe(
   source: Source,
-  infos: dict[int, SampleInfo],
-  specs: dict[int, ClipSpec],
-  rejects: Sequence[tuple[str, str]],
+  fitted: Fitted,
   plan: RowPlan,
   spec: BatchSpec,
   tokenize: Callable[[str], Sequence[int]],
-  max_tokens: int,
+  *,
+  rejects: Sequence[tuple[str, str]],
+  parts: Sequence[str],
 ) -> Report:
-  lengths = plan.lengths
-  videos = [i for i in infos.values() if i.num_frames > 1]
-  text_lengths = [len(tokenize(i.captions[0] if i.captions else "")) for i in infos.values()]
+  """Of the samples as the end of the run sees them; captions of large sets by a sample of them."""
+  counts = np.bincount(fitted.kinds, minlength=len(fitted.natives)).tolist()
+  kinds = [(native, c) for native, c in zip(fitted.natives, counts) if c]
+  videos = [(native, c) for native, c in kinds if native[0] > 1]
+  shown = np.linspace(0, len(fitted) - 1, min(len(fitted), _TEXTS)).astype(np.int64)
+  captions = [source.info(int(fitted.ids[n])).captions for n in shown]
+  times = len(fitted) / len(shown)
+  text_lengths = {int(n): len(tokenize(next((t for t in c if t), ""))) for n, c in zip(shown, captions)}
   cut_tokens = cut_captions = 0
-  for row in plan.rows_of_epoch(0):
-    counts = [text_lengths[i] for i in row.ids]
-    lost = [c - k for c, k in zip(counts, share_text(counts, spec.text_tokens))]
+  for row in plan.rows_of_epoch(0) if times == 1 else ():
+    texts = [text_lengths[i] for i in row.ids]
+    lost = [c - k for c, k in zip(texts, share_text(texts, spec.text_tokens))]
     cut_tokens, cut_captions = cut_tokens + sum(lost), cut_captions + sum(n > 0 for n in lost)
+  full, kept = _tokens(fitted, plan)
+  lengths = plan.lengths
+  sizes, fits = collections.Counter(), collections.Counter()
+  for (_, height, width, _), c in kinds:
+    sizes[f"{width}x{height}"] += c
+  for s, c in zip(fitted.last, counts):
+    if s and c:
+      fits[f"{s.width}x{s.height}x{s.num_frames}"] += c
   return Report(
     source=source.name + (f" ({form})" if (form := getattr(source, "form", "")) else ""),
-    samples=len(infos),
-    videos=len(videos),
-    images=len(infos) - len(videos),
-    without_caption=sum(not i.captions for i in infos.values()),
-    rejects=[*source.rejects, *rejects],
+    samples=len(fitted),
+    videos=sum(c for _, c in videos),
+    images=len(fitted) - sum(c for _, c in videos),
+    without_caption=round(sum(not any(c) for c in captions) * times),
+    rejects=list(rejects),
     notes=list(getattr(source, "notes", [])),
-    sizes=dict(collections.Counter(f"{i.width}x{i.height}" for i in infos.values()).most_common()),
-    seconds=_durations([i.num_frames / i.fps for i in videos if i.fps]),
-    fitted=dict(
-      collections.Counter(f"{s.width}x{s.height}x{s.num_frames}" for s in specs.values()).most_common()
-    ),
-    tokens=int(lengths.sum()),
+    sizes=dict(sizes.most_common()),
+    seconds=_durations([(native[0] / native[3], c) for native, c in videos if native[3]]),
+    fitted=dict(fits.most_common()),
+    tokens=int(lengths.sum(dtype=np.int64)),
     tokens_per_sample=(int(lengths.min()), float(np.median(lengths)), int(lengths.max())),
-    text_tokens=sum(text_lengths),
+    text_tokens=round(sum(text_lengths.values()) * times),
     text_tokens_cut=cut_tokens,
     captions_cut=cut_captions,
     packing=plan.stats(),
     method=plan.method,
-    max_tokens=max_tokens,
+    max_tokens=fitted.max_tokens,
+    parts=_parts(parts, fitted, plan),
+    stages=[
+      {"step": s.step, "max_tokens": s.max_tokens, "max_frames": s.max_frames, "dropped": 1 - k / f}
+      for s, f, k in zip(fitted.stages, full, kept)
+    ],
   )
 
 
-def _durations(seconds: list[float]) -> dict[str, int]:
+def _parts(names: Sequence[str], fitted: Fitted, plan: RowPlan) -> dict[str, dict[str, float]]:
+  lengths, result = plan.lengths, {}
+  for name, part, share in zip(names, plan.parts, plan.shares):
+    own = slice(part.first, part.first + part.size)
+    result[name] = {
+      "samples": part.size,
+      "tokens": int(lengths[own].sum(dtype=np.int64)),
+      "share_of_samples": share,
+      "epochs": part.passes / part.windows * plan.windows_per_epoch,  # in one of the part that takes longest
+    }
+  total = sum(r["tokens"] * r["epochs"] for r in result.values())
+  for r in result.values():
+    r["share_of_tokens"] = r["tokens"] * r["epochs"] / total
+  return result
+
+
+def _tokens(fitted: Fitted, plan: RowPlan) -> tuple[list[float], list[float]]:
+  """(tokens of all samples, tokens kept) by stage, a mean over the variants."""
+  counts = np.bincount(fitted.kinds, minlength=len(fitted.natives))
+  kept = [float((p.table @ counts).mean()) for p in plan.phases]
+  full = []
+  for rows, stage in zip(fitted.specs, fitted.stages):
+    rows = rows[: len(rows) // len(stage.drop_rates)]
+    tokens = np.array([[num_tokens(s, fitted.patch) if s else 0 for s in row] for row in rows])
+    full.append(float((tokens @ counts).mean()))
+  return full, kept
+
+
+def _durations(seconds: list[tuple[float, int]]) -> dict[str, int]:
   names = [f"<{s} s" for s in _SECONDS] + [f">={_SECONDS[-1]} s"]
-  counts = collections.Counter(int(np.searchsorted(_SECONDS, s, side="right")) for s in seconds)
+  counts = collections.Counter()
+  for length, count in seconds:
+    counts[int(np.searchsorted(_SECONDS, length, side="right"))] += count
   return {names[k]: counts[k] for k in sorted(counts)}
 
 

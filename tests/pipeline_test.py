@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import report
-from data_pipelines.loader import ClipCache, total_frames
+from data_pipelines.loader import ClipCache, Planned, total_frames
 from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec, build_source, split_ids
 from data_pipelines.sources.base import UnreadableError
 from data_pipelines.sources.synthetic import SyntheticSource
@@ -194,6 +194,10 @@ def test_captions_and_what_is_cut_of_them(capsys):
   assert make(row_text_tokens=64).report().text_tokens_cut == 0
 
 
+def planned(pipeline, i, epoch):
+  return Planned(epoch, pipeline.source.info(i), pipeline.specs[i], 0, 0)
+
+
 @pytest.fixture
 def clips(tmp_path):
   for i, n in enumerate((26, 12, 5)):
@@ -205,15 +209,14 @@ def clips(tmp_path):
 def test_long_clips_start_anywhere_and_the_memory_changes_nothing(clips):
   changes = {"source": str(clips), "max_frames": 4, "row_tokens": 200, "max_tokens": 96}
   cached, fresh = make(**changes), make(**changes, cache_mb=0)
-  starts = {cached.loader._start(0, epoch) for epoch in range(60)}
+  starts = {cached.loader._start(planned(cached, 0, epoch)) for epoch in range(60)}
   assert len(starts) > 12 and max(starts) <= 22 and min(starts) >= 0
   for a, b in zip(take(cached, 6), take(fresh, 6)):
     assert_same(a, b)
-  assert (
-    cached.loader.cache.hits > 0 and len(cached.loader.cache._clips) == 3 and not fresh.loader.cache._clips
-  )
+  assert cached.loader.cache.hits > 0 and len(cached.loader.cache) == 3 and not len(fresh.loader.cache)
   assert total_frames(cached.infos[0], cached.specs[0]) == 26
-  assert make(**changes, random_start=False).loader._start(0, 5) == 0
+  still = make(**changes, random_start=False)
+  assert still.loader._start(planned(still, 0, 5)) == 0
 
 
 def test_the_memory_keeps_to_its_budget():

@@ -1,6 +1,7 @@
 """Where a caption stands, in a record or beside a file."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,23 @@ def of_record(record: dict[str, Any], columns: tuple[str, ...] | list[str] = COL
   return next((texts for c in columns if (texts := clean(record.get(c)))), ())
 
 
+def split_columns(chosen: str, columns: Sequence[str]) -> tuple[str, ...]:
+  """`data.caption_column`: one, or several with commas between."""
+  if not chosen or chosen in columns:
+    return (chosen,) if chosen else ()
+  return tuple(part.strip() for part in chosen.split(",") if part.strip())
+
+
+def of_columns(record: dict[str, Any], chosen: str) -> tuple[str, ...]:
+  """The captions of the first column that has any; of several chosen ones one caption each, in their order,
+  "" where a column has none, so that `data.caption_weights` finds its place."""
+  columns = split_columns(chosen, list(record))
+  if len(columns) < 2:
+    return of_record(record, columns or COLUMNS)
+  texts = tuple(next(iter(clean(record.get(c))), "") for c in columns)
+  return texts if any(texts) else ()
+
+
 def of_json(text: str, where: str, column: str = "") -> tuple[str, ...]:
   """Of a file about one sample: an object with a caption column, or a plain text."""
   try:
@@ -33,13 +51,13 @@ def of_json(text: str, where: str, column: str = "") -> tuple[str, ...]:
     raise UnreadableError("caption_unreadable", f"{where} is not JSON: {e}") from e
   if isinstance(record, str):
     return clean(record)
-  known = (column,) if column else COLUMNS
+  known = split_columns(column, list(record) if isinstance(record, dict) else ()) or COLUMNS
   if not isinstance(record, dict) or not any(c in record for c in known):
-    found = ", ".join(map(str, record)) if isinstance(record, dict) else "no columns"
+    found = paths.listed(list(record)) if isinstance(record, dict) else "no columns"
     raise UnreadableError(
       "caption_unreadable", f"{where} has no caption column (one of {', '.join(known)}); it has {found}"
     )
-  return of_record(record, known)
+  return of_columns(record, column)
 
 
 def beside(

@@ -9,10 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 from PIL import Image
 
+from data_pipelines import video_io
 from data_pipelines.config import DataConfig
+from data_pipelines.parts import Part
 from data_pipelines.sources import captions, manifest
 from data_pipelines.sources.base import Found, ReadOptions, SampleInfo, Source, UnreadableError
 from sora_jax.packing.geometry import ClipSpec
@@ -57,20 +60,32 @@ def adapt(made: Any, name: str, options: ReadOptions) -> Source | Found:
   first = made[0]
   if not isinstance(first, Mapping):
     raise ValueError(f"{name}[0] is a {type(first).__name__}, no dict like {{'path': ..., 'caption': ...}}")
-  if isinstance(first.get("video"), np.ndarray):
-    return ArraySource(made, name)
+  if isinstance(first.get("video"), (np.ndarray, bytes)):
+    return ArraySource(made, name, caption_column=options.caption_column)
   records = [dict(made[i]) for i in range(len(made))]
   folder = Path(options.data_root or os.getcwd())
   return manifest.read_table(records, name, folder, folder, options)
 
 
 class ArraySource:
-  """Over a list of {"video": uint8 (T, H, W, 3), "caption", "fps"}; each is drawn once for its size."""
+  """Over a list of {"video": uint8 (T, H, W, 3) or the bytes of a file, "caption", "fps"}; each is drawn once
+  for its size. What cannot be used of bytes is in `rejects`."""
 
-  def __init__(self, items: Any, name: str):
-    self.name, self._items = name, items
+  def __init__(self, items: Any, name: str, *, caption_column: str = ""):
+    self.name, self._items, self._column = name, items, caption_column
     self.rejects: list[tuple[str, str]] = []
-    self._infos = [self._info(i) for i in range(len(items))]
+    self._places: list[int] = []
+    self._infos: list[SampleInfo] = []
+    for place in range(len(items)):
+      try:
+        info = self._info(place)
+      except UnreadableError as e:
+        self.rejects.append((f"{place:08d}", str(e)))
+        continue
+      self._places.append(place)
+      self._infos.append(info)
+    if not self._infos:
+      raise ValueError(f"{name}: no sample can be used, as {self.rejects[0][0]}: {self.rejects[0][1]}")
 
   def __len__(self) -> int:
     return len(self._infos)
@@ -79,7 +94,9 @@ class ArraySource:
     return self._infos[i]
 
   def load(self, i: int, spec: ClipSpec, start_s: float = 0.0) -> np.ndarray:
-    video = self._items[i]["video"]
+    video = self._items[self._places[i]]["video"]
+    if isinstance(video, bytes):
+      return _decode(video, spec, start_s)
     rate = self._infos[i].fps
     clip = np.empty((spec.num_frames, spec.height, spec.width, 3), np.uint8)
     for t in range(spec.num_frames):
@@ -95,23 +112,46 @@ class ArraySource:
   def fingerprint(self) -> str:
     return repr([dataclasses.astuple(info) for info in self._infos])
 
-  def _info(self, i: int) -> SampleInfo:
-    item = self._items[i]
-    video = item.get("video")
-    if not isinstance(video, np.ndarray) or video.dtype != np.uint8 or video.ndim != 4 or video.shape[3] != 3:
-      got = f"{video.dtype}{video.shape}" if isinstance(video, np.ndarray) else type(video).__name__
-      raise ValueError(f"{self.name}[{i}]['video'] is {got}, not a uint8 array (T, H, W, 3)")
-    frames, height, width, _ = video.shape
-    fps = float(item.get("fps") or 0.0)
-    if frames > 1 and fps <= 0:
-      raise ValueError(f"{self.name}[{i}] has {frames} frames and no 'fps'")
+  def _info(self, place: int) -> SampleInfo:
+    item = self._items[place]
+    frames, height, width, fps = _size_of(item.get("video"), item, f"{self.name}[{place}]")
     return SampleInfo(
-      id=i,
-      name=str(item.get("name", f"{i:08d}")),
+      id=len(self._infos),
+      name=str(item.get("name", f"{place:08d}")),
       num_frames=frames,
       height=height,
       width=width,
       fps=fps if frames > 1 else 0.0,
-      captions=captions.of_record(dict(item)),
+      captions=captions.of_columns(dict(item), self._column),
       label=int(item.get("label", -1)),
     )
+
+
+def _size_of(video: Any, item: Mapping[str, Any], where: str) -> tuple[int, int, int, float]:
+  if isinstance(video, bytes):
+    try:
+      info = video_io.probe(Part(where, 0, len(video), video))
+    except (av.FFmpegError, OSError, ValueError) as e:
+      raise UnreadableError("unreadable", str(e)) from e
+    return info.num_frames, info.height, info.width, info.fps
+  if not isinstance(video, np.ndarray) or video.dtype != np.uint8 or video.ndim != 4 or video.shape[3] != 3:
+    got = f"{video.dtype}{video.shape}" if isinstance(video, np.ndarray) else type(video).__name__
+    raise ValueError(f"{where}['video'] is {got}, not a uint8 array (T, H, W, 3)")
+  fps = float(item.get("fps") or 0.0)
+  if len(video) > 1 and fps <= 0:
+    raise ValueError(f"{where} has {len(video)} frames and no 'fps'")
+  return *video.shape[:3], fps
+
+
+def _decode(video: bytes, spec: ClipSpec, start_s: float) -> np.ndarray:
+  try:
+    return video_io.read_clip(
+      Part("bytes", 0, len(video), video),
+      num_frames=spec.num_frames,
+      height=spec.height,
+      width=spec.width,
+      fps=spec.fps,
+      start_s=start_s,
+    )
+  except (av.FFmpegError, OSError, ValueError) as e:
+    raise UnreadableError("unreadable", str(e)) from e

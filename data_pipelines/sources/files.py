@@ -9,7 +9,8 @@ import av
 import numpy as np
 
 from data_pipelines import index, media_io
-from data_pipelines.sources.base import Entry, SampleInfo
+from data_pipelines.sources import paths
+from data_pipelines.sources.base import Entry, SampleInfo, Sizes
 from data_pipelines.video_io import MediaInfo, UnreadableError
 from sora_jax.packing.geometry import ClipSpec
 
@@ -54,7 +55,9 @@ class FileSource:
     if not self._entries:
       counts = collections.Counter(reason.split(":")[0] for _, reason in self.rejects)
       reasons = ", ".join(f"{n} {reason}" for reason, n in counts.most_common())
-      shown = "; ".join(f"{sample}: {reason}" for sample, reason in self.rejects[:3])
+      shown = "; ".join(
+        f"{paths.one_line(sample)}: {paths.one_line(reason, 200)}" for sample, reason in self.rejects[:3]
+      )
       remedy = "; --config.data.allow_outside_root=True allows it" if counts["outside_root"] else ""
       raise ValueError(f"{name}: no sample can be used ({reasons}), as {shown}{remedy}")
 
@@ -62,7 +65,7 @@ class FileSource:
     return len(self._entries)
 
   def info(self, i: int) -> SampleInfo:
-    entry, info = self._entries[i], self._infos[i]
+    entry, info, rate = self._entries[i], self._infos[i], self._wholes[i].fps
     return SampleInfo(
       id=i,
       name=entry.sample_name,
@@ -72,7 +75,15 @@ class FileSource:
       fps=info.fps,
       captions=entry.captions,
       label=entry.label,
+      start_s=entry.cut[0] / rate if entry.cut and rate else 0.0,
     )
+
+  def entry(self, i: int) -> Entry:
+    return self._entries[i]
+
+  def sizes(self) -> Sizes:
+    rows = np.array([(i.num_frames, i.height, i.width, i.fps) for i in self._infos], np.float64)
+    return Sizes(*(rows[:, k].astype(np.int32) for k in range(3)), rows[:, 3])
 
   def load(self, i: int, spec: ClipSpec, start_s: float = 0.0) -> np.ndarray:
     try:

@@ -87,7 +87,7 @@ def _entry(
   return Entry(
     name=paths.relative_name(path, root),
     path=path,
-    captions=captions.of_record(record, texts),
+    captions=captions.of_columns(record, options.caption_column) or captions.of_record(record, texts),
     label=_label(record),
     frames=frames,
     fps=fps,
@@ -100,11 +100,14 @@ def _columns(
   where: str, columns: list[str], chosen: str, known: Sequence[str], what: str, is_optional: bool = False
 ) -> list[str]:
   """Columns to look into, in order of preference."""
-  found = [c for c in ((chosen,) if chosen else known) if c in columns]
+  wanted = captions.split_columns(chosen, columns)
+  if missing := [c for c in wanted if c not in columns and len(wanted) > 1]:
+    raise ValueError(f"{where} has no column {', '.join(missing)}; it has {paths.listed(columns)}")
+  found = [c for c in wanted or known if c in columns]
   if found or (is_optional and not chosen):
     return found
   wanted = f"column {chosen!r}" if chosen else f"{what} column (one of {', '.join(known)})"
-  raise ValueError(f"{where} has no {wanted}; it has {', '.join(map(str, columns))}: set data.{what}_column")
+  raise ValueError(f"{where} has no {wanted}; it has {paths.listed(columns)}: set data.{what}_column")
 
 
 def _number(value: object) -> float:

@@ -50,3 +50,14 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
   """Sorts 2 before 10."""
   parts = re.split(r"(\d+)", name)
   return [(0, int(p), p) if p.isdecimal() and len(p) < 4000 else (1, 0, p) for p in parts]
+
+
+def one_line(text: object, most: int = 60) -> str:
+  """For messages: whatever a damaged file made of a name."""
+  line = " ".join("".join(c if c.isprintable() else " " for c in str(text)[: 10 * most]).split())
+  return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def listed(names: Sequence[object], most: int = 30) -> str:
+  shown = ", ".join(map(one_line, names[:most]))
+  return shown + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,101 @@
+"""Sets in an object store read as on disk; sources that packages announce."""
+
+import json
+import uuid
+
+import fsspec
+import numpy as np
+import pytest
+
+from data_pipelines.pipeline import DataConfig, build_source
+from sora_jax.packing.geometry import ClipSpec
+from tests.datasets import TEXTS, clip_bytes, make_plain
+
+CLIP = ClipSpec(4, 48, 64, 12.0)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+  return make_plain(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture
+def store(plain):
+  """The address of a folder with the two clips in an object store of memory."""
+  address = f"memory://{uuid.uuid4().hex}/set"
+  put(address, {f"{name}.mp4": clip_bytes(plain, name) for name in TEXTS})
+  return address
+
+
+def put(address, files):
+  fs, root = fsspec.url_to_fs(address)
+  for name, content in files.items():
+    fs.pipe_file(f"{root}/{name}", content)
+
+
+def build(address, tmp_path, **changes):
+  return build_source(DataConfig(source=address, index_dir=str(tmp_path / "index"), **changes))
+
+
+def assert_same(source, plain):
+  assert [source.info(i).captions for i in range(2)] == [(t,) for t in TEXTS.values()]
+  for i in range(2):
+    got, want = source.info(i), plain.info(i)
+    assert (got.num_frames, got.height, got.width, got.fps) == (want.num_frames, 48, 64, want.fps)
+    np.testing.assert_array_equal(source.load(i, CLIP, 0.1), plain.load(i, CLIP, 0.1))
+
+
+def test_a_folder_with_captions_beside(store, plain, tmp_path):
+  put(store, {f"{name}.txt": text.encode() for name, text in TEXTS.items()})
+  source = build(store, tmp_path)
+  assert_same(source, plain)
+  assert "://" in source.entry(0).path
+  assert_same(build(store, tmp_path), plain)  # from the index
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "list.jsonl"])
+def test_tables(store, plain, tmp_path, name):
+  records = [{"file_name": f"{n}.mp4", "text": t} for n, t in TEXTS.items()]
+  lines = [json.dumps(r) for r in records]
+  if name.endswith("csv"):
+    lines = ["file_name,text", *(f'{r["file_name"]},"{r["text"]}"' for r in records)]
+  put(store, {name: "\n".join(lines).encode()})
+  assert_same(build(f"{store}/{name}", tmp_path), plain)
+
+
+def test_what_is_wrong_is_named_by_its_address(store, tmp_path):
+  with pytest.raises(ValueError, match=f"none of the 2 media files in {store} has a caption"):
+    build(store, tmp_path)
+  put(store, {"meta.csv": b"file_name,words\na.mp4,x\n"})
+  with pytest.raises(ValueError, match=f"{store}/meta.csv has no caption column .*; it has file_name, words"):
+    build(f"{store}/meta.csv", tmp_path)
+  with pytest.raises(ValueError, match="memory://gone/x' is not there"):
+    build("memory://gone/x", tmp_path)
+  with pytest.raises(ValueError, match="data.source='nosuch://a/b' cannot be read"):
+    build("nosuch://a/b", tmp_path)
+
+
+def test_links_and_dots_of_a_table_do_not_lead_out(store, tmp_path):
+  put(store.rsplit("/", 1)[0], {"secret.mp4": b"x"})
+  put(store, {"meta.csv": b"file_name,text\n../secret.mp4,x\n/etc/passwd,y\na.mp4,z\n"})
+  source = build(f"{store}/meta.csv", tmp_path)
+  assert [source.info(i).name for i in range(len(source))] == ["a.mp4"] and len(source.rejects) == 2
+
+
+def test_an_installed_package_announces_a_source(tmp_path, monkeypatch):
+  (tmp_path / "announced.py").write_text(
+    "import numpy as np\n"
+    "def clips(count):\n"
+    "  return [{'video': np.zeros((3, 40, 48, 3), np.uint8), 'caption': 'c', 'fps': 8}] * count\n"
+  )
+  info = tmp_path / "announced-1.0.dist-info"
+  info.mkdir()
+  (info / "METADATA").write_text("Metadata-Version: 2.1\nName: announced\nVersion: 1.0\n")
+  (info / "entry_points.txt").write_text("[sora_jax.sources]\nmine_of_test = announced:clips\n")
+  monkeypatch.syspath_prepend(str(tmp_path))
+  source = build_source(DataConfig(source="mine_of_test", source_kwargs={"count": 4}))
+  assert len(source) == 4 and source.info(3).captions == ("c",)
+  with pytest.raises(ValueError, match=r"data.source='mine_of_test' \(announced:clips\).*count"):
+    build_source(DataConfig(source="mine_of_test"))
+  with pytest.raises(ValueError, match="nor one of mine_of_test, .*synthetic"):
+    build_source(DataConfig(source="not_announced"))
