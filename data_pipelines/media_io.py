@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,13 +42,32 @@ def cut_info(info: MediaInfo, entry: Entry) -> MediaInfo:
   return info
 
 
+def check_size(info: MediaInfo, min_size: int, max_aspect: float) -> None:
+  size = f"{info.width}x{info.height}"
+  if min(info.width, info.height) < min_size:
+    raise UnreadableError("too_small", f"{size}, data.min_size={min_size}")
+  if max(info.width, info.height) > max_aspect * min(info.width, info.height):
+    raise UnreadableError("aspect", f"{size}, data.max_aspect={max_aspect:g}")
+
+
 def read(entry: Entry, whole: MediaInfo, spec: ClipSpec, start_s: float) -> np.ndarray:
   """uint8 (T, H, W, 3); `whole` is what `probe` said, `start_s` counts from the cut."""
   if entry.cut is not None and whole.fps:
     start_s += entry.cut[0] / whole.fps
-  if entry.crop is None:
-    return _read(entry, spec, start_s)
-  left, right, top, bottom = entry.crop
+  return read_cropped(lambda spec, start_s: _read(entry, spec, start_s), whole, entry.crop, spec, start_s)
+
+
+def read_cropped(
+  load: Callable[[ClipSpec, float], np.ndarray],
+  whole: MediaInfo,
+  crop: tuple[int, int, int, int] | None,
+  spec: ClipSpec,
+  start_s: float,
+) -> np.ndarray:
+  """The part `crop` (left, right, top, bottom in pixels of `whole`), at the size of `spec`."""
+  if crop is None:
+    return load(spec, start_s)
+  left, right, top, bottom = crop
   across, down = spec.width / (right - left), spec.height / (bottom - top)
   full = dataclasses.replace(
     spec,
@@ -57,7 +76,7 @@ def read(entry: Entry, whole: MediaInfo, spec: ClipSpec, start_s: float) -> np.n
   )
   x = min(round(left * across), full.width - spec.width)
   y = min(round(top * down), full.height - spec.height)
-  clip = _read(entry, full, start_s)
+  clip = load(full, start_s)
   return np.ascontiguousarray(clip[:, y : y + spec.height, x : x + spec.width])
 
 

@@ -21,7 +21,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image, ImageOps
 
 from data_pipelines import color
-from data_pipelines.parts import Media, Part, open_bytes
+from data_pipelines.parts import Media, Part, UnreadableError, open_bytes
 
 # Playlists and other formats that name further files or addresses are refused: a data file reads only itself.
 _OPEN_OPTIONS = {
@@ -33,17 +33,6 @@ _OPEN_OPTIONS = {
 _MAX_PIXELS = 2**27
 _SAME_TIME = 1e-4  # seconds; time stamps of some containers are rounded
 _HD_HEIGHT = 720  # untagged video of this height or more is BT.709, as players assume
-
-
-class UnreadableError(Exception):
-  """A file that cannot be used; `reason` is one word for the statistics, `detail` says more."""
-
-  def __init__(self, reason: str, detail: str = ""):
-    super().__init__(reason, detail)  # both in args, so that it pickles
-    self.reason, self.detail = reason, detail
-
-  def __str__(self) -> str:
-    return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
