@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines import video_io
+from data_pipelines import image_io, video_io
 from data_pipelines.parts import Media, Part
 from data_pipelines.sources.base import Entry
 from data_pipelines.video_io import MediaInfo, UnreadableError
@@ -102,7 +102,7 @@ def _read(entry: Entry, spec: ClipSpec, start_s: float) -> np.ndarray:
     if wanted == at:
       clip[t] = clip[t - 1]
     else:
-      clip[t] = video_io.read_image(Path(entry.path, entry.frames[wanted]), spec.height, spec.width)[0]
+      clip[t] = image_io.read_image(Path(entry.path, entry.frames[wanted]), spec.height, spec.width)[0]
     at = wanted
   return clip
 
@@ -115,7 +115,7 @@ def frame_numbers(spec: ClipSpec, start_s: float, fps: float) -> list[int]:
 def _probe_frames(folder: str, names: Sequence[str], fps: float) -> MediaInfo:
   size = None
   for name in names:
-    info = video_io.probe_image_header(Path(folder, name))
+    info = image_io.probe_image_header(Path(folder, name))
     if size not in (None, info):
       raise UnreadableError("frames_differ", f"{name} is {info[0]}x{info[1]}, the first {size[0]}x{size[1]}")
     size = info

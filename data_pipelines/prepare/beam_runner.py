@@ -1,4 +1,4 @@
-"""The same tasks on Apache Beam: DirectRunner, Flink, Dataflow. The output folder must be one that all see."""
+"""The same tasks on Apache Beam: DirectRunner, Flink, Dataflow. All must see the output folder."""
 
 import functools
 import logging

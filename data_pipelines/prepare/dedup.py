@@ -1,9 +1,9 @@
 """Near-duplicates by the Hamming distance of hashes, without comparing all with all.
 
 A hash of 64 bits has four bands of 16. Where two hashes differ in at most 7 bits, one band differs in at most
-one: every pair is found by looking up each band as it is and with each of its bits turned, 68 look-ups a clip.
-A hash sees little: two takes of one speaker before one wall have the same. So the colours of 144 cells of three
-frames are compared as well. The first of a group, in the order of the input, is kept.
+one: every pair is found by looking up each band as it is and with each of its bits turned, 68 look-ups.
+A hash sees little: two takes of one speaker before one wall have the same. So the colours of 144 cells of
+three frames are compared as well. The first of a group, in the order of the input, is kept.
 """
 
 import collections

@@ -1,7 +1,7 @@
 """Writes one shard: read, crop, resize, caption, encode, store. The same bytes for the same shard.
 
-A shard is finished where its note in .prepare/shards says so, with its mark and its size; it is written aside,
-flushed to disk and renamed before that, so that no half of one ever has its name.
+A shard is finished where its note in .prepare/shards says so, with its mark and its size. It is written
+aside, flushed to disk and renamed before that, so that no half of one ever has its name.
 """
 
 import hashlib
