@@ -5,6 +5,7 @@ ArrayRecord files are Riegeli files (github.com/google/riegeli, doc/riegeli_reco
 of one, a record is a chunk: a header of 40 bytes, a byte 0 (no compression), the sizes, the record.
 """
 
+import hashlib
 import mmap
 import os
 from pathlib import Path
@@ -47,6 +48,10 @@ def record_of(chunk: bytes, offset: int) -> bytes:
   if start + length != stop or stop > len(data):
     raise UnreadableError("damaged", f"a record of {length} bytes at byte {offset} is cut off")
   return data[start:stop]
+
+
+def digest(data: bytes) -> str:
+  return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def fsync_folder(folder: str | Path) -> None:

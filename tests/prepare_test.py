@@ -265,9 +265,8 @@ def test_finished_shards_are_not_redone(tmp_path):
 
 
 def test_any_source_can_be_prepared(tmp_path):
-  outcome = run_inline(
-    "synthetic", tmp_path / "out", {"num_samples": 5}, resolutions=(16,), min_motion=0.0, dedup_cell=0.0
-  )
+  changes = {"resolutions": (16,), "min_motion": 0.0, "dedup_cell": 0.0}
+  outcome = run_inline("synthetic", tmp_path / "out", {"num_samples": 5}, **changes)
   assert outcome.inputs == 5 and len(outcome.kept) + len(outcome.dropped) == 5
   again = run_inline(tmp_path / "out", tmp_path / "twice", **changes)
   assert again.inputs == len(outcome.kept)

@@ -14,6 +14,8 @@ _SHOW_EVERY_S = 5.0
 
 def run(todo: Sequence[Task], job: Job, *, workers: int, limit_s: float, label: str) -> None:
   """Sees every task through; raises what ended one."""
+  if not todo:
+    return
   progress = Progress(label, sum(map(tasks.num_samples, todo)))
   pending, lock = iter(todo), threading.Lock()
   errors: list[BaseException] = []

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import hashlib
 import json
 import os
 import sys
@@ -66,6 +65,7 @@ def prepare(data: DataConfig, config: PrepareConfig, out: Path, run: Runner) -> 
       shards = _shards(kept, config, encoders)
       notes = _write(shards, job, run)
       dropped += [d for note in notes for d in note["dropped"]]
+    state.remove_parts(out)  # of workers that died
     outcome = Outcome(len(items), looks, rejects, dropped, [(s, clip) for _, s, clip in kept], notes)
     _write_lines(out / "dropped.jsonl", dropped)
     report.write(out / "report.html", outcome, config)
@@ -166,7 +166,7 @@ def _write_index(out: Path, notes: list[dict[str, Any]]) -> None:
     "tokens": sum(row["tokens"] for row in rows),
     "encoder": rows[0]["encoder"],
     "text_encoder": rows[0]["text_encoder"],
-    "index_checksum": hashlib.blake2b(index, digest_size=16).hexdigest(),
+    "index_checksum": shard_bytes.digest(index),
     "shards": [{k: note[k] for k in ("path", "records", "bytes", "checksum")} for note in notes],
   }
   _replace(out / INDEX, index)

@@ -5,7 +5,6 @@ The index says where each record lies, so a record is one read of a range of byt
 """
 
 import collections
-import hashlib
 import json
 import os
 import threading
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 
 from data_pipelines import clip_codec, media_io, shard_bytes, shard_records
 from data_pipelines.parts import UnreadableError
+from data_pipelines.sources import paths
 from data_pipelines.sources.base import SampleInfo
 from sora_jax.packing.geometry import ClipSpec
 
@@ -58,7 +58,7 @@ class ShardSource:
     self.encoder_hash: str = about["encoder"]
     self.text_encoder_hash: str = about["text_encoder"]
     require_encoder(self.name, self.encoder_hash, encoder)
-    self._mark = hashlib.blake2b(index, digest_size=16).hexdigest()
+    self._mark = shard_bytes.digest(index)
     if self._mark != about["index_checksum"]:
       raise ValueError(f"{path}: {INDEX} is not the one that {ABOUT} describes: run the preparation again")
     try:
@@ -193,9 +193,7 @@ class _Files:
     with self._lock:
       file = self._open.pop(name, None)
       if file is None:
-        path = os.path.join(self._root, name)
-        if os.path.islink(path):
-          raise UnreadableError("outside_root", f"{name} is a link")
+        path = paths.resolve(os.path.join(self._root, name), self._root, allow_outside_root=False)
         file = open(path, "rb")  # noqa: SIM115, closed when no one holds it
       self._open[name] = file
       if len(self._open) > _MAX_OPEN:
