@@ -52,7 +52,7 @@ def inline(todo, job, label) -> None:
 
 def run_inline(source, out: Path, data: dict | None = None, **changes):
   config = PrepareConfig(**{"stages": STAGES, **SMALL, **changes})
-  return prepare(DataConfig(source=str(source), min_size=16, **(data or {})), config, out, inline)
+  return prepare(DataConfig(source=str(source), **{"min_size": 16, **(data or {})}), config, out, inline)
 
 
 def contents(out: Path) -> dict[str, bytes]:
