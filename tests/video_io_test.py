@@ -242,6 +242,24 @@ def test_hdr_colours_keep_their_hue():
   assert np.ptp(back[4]) < 0.01 and (back <= colours + 0.02).all()
 
 
+def test_hdr_colours_beyond_the_screen_keep_their_light():
+  """Pure primaries of BT.2020 have no place in BT.709: they become paler, not brighter or darker."""
+  for nits, primary in ((60, 0), (60, 1), (120, 1), (60, 2)):
+    linear = np.eye(3)[primary] * nits
+    y = (linear / 10000) ** (2610 / 16384)
+    code = ((0.8359375 + 18.8515625 * y) / (1 + 18.6875 * y)) ** (2523 / 32)
+    back = color.tone_map(np.round(code * 65535).astype(np.uint16)[None, None], 16)[0, 0] / 255
+    shown = np.where(back <= 0.04045, back / 12.92, ((back + 0.055) / 1.055) ** 2.4) @ [
+      0.2126,
+      0.7152,
+      0.0722,
+    ]
+    light = nits / 203
+    light *= (1 + light / (4000 / 203) ** 2) / (1 + light)
+    assert shown == pytest.approx(light * [0.2627, 0.678, 0.0593][primary], rel=0.05)
+    assert back.argmax() == primary
+
+
 def woven(path, num_frames=12):
   """Interlaced H.264: a bar that moves between the two fields of a frame."""
   with av.open(str(path), "w") as out:

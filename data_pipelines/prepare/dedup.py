@@ -17,8 +17,16 @@ _FLIPS = [0, *(1 << bit for bit in range(_BAND_BITS))]
 
 def duplicates(clips: list[dict[str, Any]], distance: int, cell: float) -> dict[int, int]:
   """{number of a clip: number of the earlier clip it repeats}."""
-  marks = [np.array([int(h, 16) for h in clip["hashes"]], np.uint64) for clip in clips]
-  cells = [np.frombuffer(bytes.fromhex(clip["cells"]), np.uint8).astype(np.int16) for clip in clips]
+  found: dict[int, int] = {}
+  for count in sorted({len(clip["hashes"]) for clip in clips}):  # images, then videos
+    group = [i for i, clip in enumerate(clips) if len(clip["hashes"]) == count]
+    marks = np.array([[int(h, 16) for h in clips[i]["hashes"]] for i in group], np.uint64)
+    cells = np.stack([np.frombuffer(bytes.fromhex(clips[i]["cells"]), np.uint8) for i in group])
+    found |= {group[i]: group[j] for i, j in _repeats(marks, cells, distance, cell).items()}
+  return found
+
+
+def _repeats(marks: np.ndarray, cells: np.ndarray, distance: int, cell: float) -> dict[int, int]:
   tables: list[dict[int, list[int]]] = [collections.defaultdict(list) for _ in range(_BANDS)]
   found = {}
   for i, mark in enumerate(marks):
@@ -28,9 +36,8 @@ def duplicates(clips: list[dict[str, Any]], distance: int, cell: float) -> dict[
       for table, band in zip(tables, bands)
       for flip in _FLIPS
       for j in table.get(band ^ flip, ())
-      if len(marks[j]) == len(mark)
-    }
-    same = next((j for j in sorted(near) if _alike(mark, marks[j], cells[i], cells[j], distance, cell)), None)
+    }  # fmt: skip
+    same = _first_alike(i, np.array(sorted(near), np.int64), marks, cells, distance, cell)
     if same is not None:
       found[i] = same
       continue
@@ -43,7 +50,9 @@ def _bands(mark: int) -> list[int]:
   return [mark >> (_BAND_BITS * b) & 0xFFFF for b in range(_BANDS)]
 
 
-def _alike(a: np.ndarray, b: np.ndarray, cells_a, cells_b, distance: int, cell: float) -> bool:
-  if np.bitwise_count(a ^ b).max() > distance:
-    return False
-  return float(np.abs(cells_a - cells_b).max()) <= cell
+def _first_alike(i: int, near: np.ndarray, marks, cells, distance: int, cell: float) -> int | None:
+  near = near[np.bitwise_count(marks[near] ^ marks[i]).max(axis=1, initial=0) <= distance]
+  for j in near:
+    if np.abs(cells[i].astype(np.int16) - cells[j]).max() <= cell:
+      return int(j)
+  return None
