@@ -7,6 +7,7 @@ import threading
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from array_record.python import array_record_module
@@ -231,20 +232,45 @@ def test_what_is_damaged_is_one_sample_or_one_line(prepared, tmp_path):
     ShardSource(str(out))
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b", "only", "a/", "a/b/c"])
-def test_an_index_cannot_lead_outside(prepared, tmp_path, name):
+def with_column(folder, name, value):
+  """The index with one value throughout a column, and a description that calls it the right one."""
+  table = pq.read_table(folder / "index.parquet")
+  column = table.schema.get_field_index(name)
+  values = pa.array([value] * len(table), table.schema.field(name).type)
+  pq.write_table(table.set_column(column, name, values), folder / "index.parquet")
+  about = json.loads((folder / "shards.json").read_text())
+  about["index_checksum"] = shard_bytes.digest((folder / "index.parquet").read_bytes())
+  (folder / "shards.json").write_text(json.dumps(about))
+
+
+@pytest.mark.parametrize(
+  "name,value,line",
+  [
+    *(
+      ("shard", v, "not within the set")
+      for v in ("../secret", "/etc/passwd", "a/../../b", "only", "a/", "a/b/c")
+    ),
+    ("shard", None, "column shard has empty cells"),
+    ("captions", None, "column captions has empty cells"),
+    ("num_frames", 0, "column num_frames has values below 1"),
+    ("offset", -1, "column offset has values below 0"),
+    ("fps", float("nan"), "column fps has values below 0"),
+  ],
+)
+def test_an_index_cannot_lead_outside_or_astray(prepared, tmp_path, name, value, line):
   _, folders = prepared
-  out = tmp_path / "set"
-  shutil.copytree(folders["jpeg"], out)
-  table = pq.read_table(out / "index.parquet")
-  column = table.schema.get_field_index("shard")
-  table = table.set_column(column, "shard", [[name] * len(table)])
-  pq.write_table(table, out / "index.parquet")
-  about = json.loads((out / "shards.json").read_text())
-  about["index_checksum"] = shard_bytes.digest((out / "index.parquet").read_bytes())
-  (out / "shards.json").write_text(json.dumps(about))
-  with pytest.raises(ValueError, match="not within the set"):
-    ShardSource(str(out))
+  shutil.copytree(folders["jpeg"], tmp_path / "set")
+  with_column(tmp_path / "set", name, value)
+  with pytest.raises(ValueError, match=line):
+    ShardSource(str(tmp_path / "set"))
+
+
+def test_a_span_beyond_the_shard_takes_no_memory(prepared, tmp_path):
+  _, folders = prepared
+  shutil.copytree(folders["jpeg"], tmp_path / "set")
+  with_column(tmp_path / "set", "span", 2**50)
+  with pytest.raises(UnreadableError, match="truncated"):
+    whole(ShardSource(str(tmp_path / "set")), 0)
 
 
 def test_a_shard_that_is_a_link_is_not_followed(prepared, tmp_path):

@@ -65,7 +65,7 @@ class ShardSource:
       table = pq.read_table(pa.BufferReader(index), schema=SCHEMA)
     except (pa.ArrowException, OSError, ValueError) as e:
       raise ValueError(f"{path}/{INDEX}: {str(e).splitlines()[0]}") from e
-    _check_names(path, table)
+    _check_table(path, table)
     self.rejects: list[tuple[str, str]] = []
     self._table = table
     numbers = ("num_frames", "height", "width", "channels", "fps", "label", "offset", "span", "crc32")
@@ -181,7 +181,9 @@ class _Files:
         path = f"{self._root.rstrip('/')}/{name}"
         data = self._remote.cat_file(path, start=offset, end=offset + size)
       else:
-        data = os.pread(self._file(name).fileno(), size, offset)
+        handle = self._file(name).fileno()
+        is_there = offset + size <= os.fstat(handle).st_size  # else no memory is taken for it
+        data = os.pread(handle, size, offset) if is_there else b""
     except (OSError, ValueError) as e:
       raise UnreadableError("unreadable", f"{name}: {e}") from e
     if len(data) != size:
@@ -214,9 +216,16 @@ def _about(files: _Files, path: str) -> dict[str, Any]:
   return about
 
 
-def _check_names(path: str, table: pa.Table) -> None:
+def _check_table(path: str, table: pa.Table) -> None:
   if not len(table):
     raise ValueError(f"{path}/{INDEX} has no samples")
+  for name in SCHEMA.names:
+    if table[name].null_count and name != "crop":
+      raise ValueError(f"{path}/{INDEX}: column {name} has empty cells")
+  for name, least in (("num_frames", 1), ("height", 1), ("width", 1), ("span", 1), ("offset", 0), ("fps", 0)):
+    values = table[name].to_numpy()
+    if not np.isfinite(values).all() or values.min() < least:
+      raise ValueError(f"{path}/{INDEX}: column {name} has values below {least}")
   for name in table["shard"].unique().to_pylist():
     parts = (name or "").split("/")
     if len(parts) != 2 or any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts):
