@@ -28,8 +28,8 @@ def fails(frames, captions):
   raise RuntimeError("no weights")
 
 class Pool:
-  hash, stride = "pool-v1", (4, 8, 8)
-  def __call__(self, frames):
+  hash, factors = "pool-v1", (4, 8, 8)
+  def encode(self, frames):
     t, h, w, c = frames.shape
     first = frames[:1].reshape(1, h // 8, 8, w // 8, 8, c).mean((2, 4))
     rest = frames[1:].reshape((t - 1) // 4, 4, h // 8, 8, w // 8, 8, c).mean((1, 3, 5))
@@ -166,6 +166,7 @@ def test_hooks_that_are_wrong_say_so(tmp_path, hooks):
     ({"score": "my_hooks:fails"}, "my_hooks:fails fails on 0.mp4: RuntimeError: no weights"),
     ({"caption": "my_hooks:gone", "stages": ()}, "my_hooks has no gone"),
     ({"latents": "my_hooks:caption", "stages": ()}, "my_hooks:caption has no .hash"),
+    ({"latents": "my_hooks:Words", "stages": ("probe", "encode_latents", "write")}, "has no .factors"),
     ({"latents": "no_such_module:x", "stages": ()}, "cannot import no_such_module"),
   ):
     with pytest.raises(ValueError, match=line.replace(".", r"\.")):
@@ -336,6 +337,10 @@ def test_flags_reach_the_settings(tmp_path, capsys):
     assert program.main(["prepare"]) == 2
     assert capsys.readouterr().err == "error: --resolutions=x is no list of numbers\n"
     assert program.main(["prepare", "stray"]) == 2
+    capsys.readouterr()
+    (tmp_path / "file").touch()
+    values(["prepare", f"--input={data}", f"--output={tmp_path / 'file'}", "--resolutions=32"])
+    assert program.main(["prepare"]) == 2 and capsys.readouterr().err.count("\n") == 1
   finally:
     program.FLAGS = defined
 

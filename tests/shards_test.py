@@ -22,8 +22,8 @@ from tests.prepared import make_set, moving, run_inline
 
 ENCODER = """
 class Pool:
-  hash, stride = "pool-v1", (1, 8, 8)
-  def __call__(self, frames):
+  hash, factors = "pool-v1", (1, 8, 8)
+  def encode(self, frames):
     t, h, w, c = frames.shape
     return frames.reshape(t, h // 8, 8, w // 8, 8, c).mean((2, 4)) / 127.5 - 1
 """
@@ -95,6 +95,9 @@ def test_the_index_alone_answers(prepared, tmp_path):
     shard.unlink()
   source = build_source(DataConfig(source=str(tmp_path / "set")))
   assert [source.info(i).height for i in range(5)] == [48] * 5
+  assert [tuple(int(n[i]) for n in source.sizes()) for i in range(5)] == [
+    (i.num_frames, i.height, i.width, i.fps) for i in map(source.info, range(5))
+  ]
   row = source.row(2)
   assert row["start_s"] == 0 and row["stop_s"] == pytest.approx(row["num_frames"] / 12)
   assert set(row["scores"]) >= {"motion", "luma"} and len(row["hashes"]) == 3
@@ -195,7 +198,7 @@ def test_latents_are_those_of_the_encoder(latents):
 def test_latents_of_another_encoder_are_refused(latents):
   out, pixels = latents
   for path, kwargs, line in (
-    (out, {}, "holds latents of encoder pool-v1, pixels are wanted"),
+    (out, {"encoder": ""}, "holds latents of encoder pool-v1, pixels are wanted"),
     (out, {"encoder": "vae-2"}, "holds latents of encoder pool-v1, the run wants latents of encoder vae-2"),
     (pixels, {"encoder": "vae-2"}, "holds pixels, the run wants latents of encoder vae-2"),
   ):

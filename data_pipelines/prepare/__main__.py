@@ -6,8 +6,10 @@ however often it was stopped. See docs/prepare.md.
 """
 
 import dataclasses
+import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,16 +38,16 @@ def define_flags() -> None:
   flags.DEFINE_float("time_limit_s", 300.0, "Seconds without a sign of life before a file is given up.")
   flags.DEFINE_enum("runner", "local", ["local", "beam"], "What runs the work.")
   flags.DEFINE_string("beam_args", "", "Of Beam: --runner=FlinkRunner --flink_master=...")
-  for field in dataclasses.fields(PrepareConfig):
-    _define(field.name, field.default)
-  for field in dataclasses.fields(DataConfig):
-    if field.name in _DATA:
-      _define(field.name, field.default)
+  for kind in (PrepareConfig, DataConfig):
+    remarks = dict(re.findall(r"^  (\w+): .*?  # (.+)$", inspect.getsource(kind), re.MULTILINE))
+    for field in dataclasses.fields(kind):
+      if kind is PrepareConfig or field.name in _DATA:
+        _define(field.name, field.default, remarks.get(field.name, f"See {kind.__module__}."))
 
 
-def _define(name: str, default: object) -> None:
+def _define(name: str, default: object, remark: str) -> None:
   if isinstance(default, tuple):
-    flags.DEFINE_list(name, [str(v) for v in default], "See data_pipelines/prepare/config.py.")
+    flags.DEFINE_list(name, [str(v) for v in default], remark)
     return
   kinds = {
     bool: flags.DEFINE_bool,
@@ -53,7 +55,7 @@ def _define(name: str, default: object) -> None:
     float: flags.DEFINE_float,
     str: flags.DEFINE_string,
   }
-  kinds[type(default)](name, default, "See data_pipelines/prepare/config.py or data_pipelines/config.py.")
+  kinds[type(default)](name, default, remark)
 
 
 def _value(field: dataclasses.Field) -> object:
@@ -70,8 +72,8 @@ def _value(field: dataclasses.Field) -> object:
 def main(argv: Sequence[str]) -> int:
   try:
     return _main(argv)
-  except ValueError as e:
-    print(f"error: {e}", file=sys.stderr)
+  except (ValueError, OSError) as e:
+    print(f"error: {str(e).replace('--config.data.', '--')}", file=sys.stderr)
     return 2
 
 

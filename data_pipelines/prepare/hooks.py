@@ -24,17 +24,15 @@ def load(name: str) -> Callable[..., Any]:
   found = getattr(module, attribute, None)
   if found is None:
     raise HookError(f"{name}: {module_name} has no {attribute}")
-  made = found() if inspect.isclass(found) else found
-  if not callable(made):
-    raise HookError(f"{name} is a {type(made).__name__}, which cannot be called")
-  return made
+  return found() if inspect.isclass(found) else found
 
 
 def call(name: str, where: str, *arguments: Any) -> Any:
+  function = load(name)
+  if not callable(function):
+    raise HookError(f"{name} is a {type(function).__name__}, which cannot be called")
   try:
-    return load(name)(*arguments)
-  except HookError:
-    raise
+    return function(*arguments)
   except Exception as e:  # noqa: BLE001, code of others
     raise HookError(f"{name} fails on {where}: {type(e).__name__}: {e}") from e
 
@@ -47,13 +45,25 @@ def encoder_hash(name: str) -> str:
   return mark
 
 
-def latent_stride(name: str) -> tuple[int, int, int]:
-  stride = getattr(load(name), "stride", None)
-  if (
-    not isinstance(stride, tuple) or len(stride) != 3 or not all(isinstance(n, int) and n > 0 for n in stride)
-  ):
-    raise HookError(f"{name} has no .stride, (frames, height, width) of a latent cell")
-  return stride
+def encode(name: str, where: str, frames_THWC: np.ndarray) -> np.ndarray:
+  """Latents (t, h, w, C) of an encoder with `factors` and `encode`, as config.data.latents names one."""
+  made = load(name)
+  latent_factors(name)
+  try:
+    values = made.encode(frames_THWC)
+  except Exception as e:  # noqa: BLE001, code of others
+    raise HookError(f"{name}.encode fails on {where}: {type(e).__name__}: {e}") from e
+  return array(name, where, values, 4)
+
+
+def latent_factors(name: str) -> tuple[int, int, int]:
+  factors = getattr(load(name), "factors", None)
+  is_fine = isinstance(factors, tuple) and len(factors) == 3
+  if not is_fine or not all(isinstance(n, int) and n > 0 for n in factors):
+    raise HookError(f"{name} has no .factors, (frames, height, width) in pixels of a latent cell")
+  if not callable(getattr(load(name), "encode", None)):
+    raise HookError(f"{name} has no .encode(frames_THWC)")
+  return factors
 
 
 def array(name: str, where: str, value: Any, dims: int) -> np.ndarray:

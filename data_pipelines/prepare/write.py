@@ -123,8 +123,8 @@ def _picture(frames: np.ndarray, sample: Sample, config: PrepareConfig) -> dict[
     shape = list(frames.shape)
     return {"kind": "pixels", "shape": shape, "codec": codec, "frames": coded, "fps": float(sample.fps)}
   name, hook = sample.item.name, config.latents
-  values = hooks.array(hook, name, hooks.call(hook, name, frames), 4)
-  fps = float(sample.fps / hooks.latent_stride(hook)[0]) if len(values) > 1 else 0.0
+  values = hooks.encode(hook, name, frames)
+  fps = float(sample.fps / hooks.latent_factors(hook)[0]) if len(values) > 1 else 0.0
   packed = shard_records.pack_array(values, config.latent_dtype)
   return {"kind": "latent", "encoder": hooks.encoder_hash(hook), "fps": fps, **packed}
 

@@ -9,7 +9,7 @@ import numpy as np
 from data_pipelines.video_io import UnreadableError
 from sora_jax.packing.geometry import ClipSpec
 
-__all__ = ["Entry", "Found", "ReadOptions", "SampleInfo", "Source", "UnreadableError"]
+__all__ = ["Entry", "Found", "ReadOptions", "SampleInfo", "Sizes", "Source", "UnreadableError"]
 
 
 class NoCaptionsError(ValueError):
@@ -28,6 +28,7 @@ class SampleInfo:
   fps: float  # 0 for an image
   captions: tuple[str, ...]
   label: int = -1
+  start_s: float = 0.0  # where it begins in the file that it is a cut of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +72,21 @@ class Found(NamedTuple):
   rejects: list[tuple[str, str]]  # (name, reason)
 
 
+class Sizes(NamedTuple):
+  """Of every sample of a source, as arrays; rates as in SampleInfo."""
+
+  num_frames: np.ndarray
+  height: np.ndarray
+  width: np.ndarray
+  fps: np.ndarray
+
+
 class Source(Protocol):
-  """Random access to samples; must pickle, since worker processes hold it."""
+  """Random access to samples; must pickle, since worker processes hold it.
+
+  A source of millions also has `sizes() -> Sizes`, memory-mapped if it likes: planning then asks no `info`.
+  One of latents has `encoder_hash`, not empty; its sizes count latent cells and `load` gives floats.
+  """
 
   name: str
   rejects: list[tuple[str, str]]  # (name, reason)
@@ -88,3 +102,14 @@ class Source(Protocol):
   def fingerprint(self) -> str:
     """Changes when the samples do."""
     ...
+
+
+def sizes_of(source: Source) -> Sizes:
+  """Arrays of a source that keeps them, else drawn from its infos."""
+  if hasattr(source, "sizes"):
+    return source.sizes()
+  rows = np.empty((len(source), 4), np.float64)
+  for i in range(len(source)):
+    info = source.info(i)
+    rows[i] = info.num_frames, info.height, info.width, info.fps
+  return Sizes(*(rows[:, k].astype(np.int32) for k in range(3)), rows[:, 3])

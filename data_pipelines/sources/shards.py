@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from data_pipelines import clip_codec, media_io, shard_bytes, shard_records
 from data_pipelines.parts import UnreadableError
 from data_pipelines.sources import paths
-from data_pipelines.sources.base import SampleInfo
+from data_pipelines.sources.base import SampleInfo, Sizes
 from sora_jax.packing.geometry import ClipSpec
 
 FORMAT, VERSION = "sora_jax shards", 1
@@ -49,15 +49,16 @@ def is_prepared(path: str) -> bool:
 
 
 class ShardSource:
-  """`encoder` is the hash of the one whose latents are wanted, "" = pixels."""
+  """`encoder` is the hash of the one whose latents are wanted, "" = pixels; None takes what the set holds."""
 
-  def __init__(self, path: str, encoder: str = PIXELS):
+  def __init__(self, path: str, encoder: str | None = None):
     self.name, self._path = path, path if "://" in path else os.path.expanduser(path)
     self._files = _Files(self._path)
     about, index = _about(self._files, path), self._files.whole(INDEX)
     self.encoder_hash: str = about["encoder"]
     self.text_encoder_hash: str = about["text_encoder"]
-    require_encoder(self.name, self.encoder_hash, encoder)
+    if encoder is not None:
+      require_encoder(self.name, self.encoder_hash, encoder)
     self._mark = shard_bytes.digest(index)
     if self._mark != about["index_checksum"]:
       raise ValueError(f"{path}: {INDEX} is not the one that {ABOUT} describes: run the preparation again")
@@ -68,7 +69,18 @@ class ShardSource:
     _check_table(path, table)
     self.rejects: list[tuple[str, str]] = []
     self._table = table
-    numbers = ("num_frames", "height", "width", "channels", "fps", "label", "offset", "span", "crc32")
+    numbers = (
+      "num_frames",
+      "height",
+      "width",
+      "channels",
+      "fps",
+      "label",
+      "offset",
+      "span",
+      "crc32",
+      "start_s",
+    )
     self._columns = {name: table[name].to_numpy() for name in numbers}
 
   def __reduce__(self):  # a worker process opens its own files
@@ -80,7 +92,7 @@ class ShardSource:
   def info(self, i: int) -> SampleInfo:
     """Sizes of a latent set count latent cells; no shard is opened."""
     columns = self._columns
-    source, start = self._table["source"][i].as_py(), self._table["start_s"][i].as_py()
+    source, start = self._table["source"][i].as_py(), float(columns["start_s"][i])
     return SampleInfo(
       id=i,
       name=f"{source}@{start:g}s",
@@ -90,7 +102,12 @@ class ShardSource:
       fps=float(columns["fps"][i]),
       captions=tuple(self._table["captions"][i].as_py()),
       label=int(columns["label"][i]),
+      start_s=float(columns["start_s"][i]),
     )
+
+  def sizes(self) -> Sizes:
+    columns = self._columns
+    return Sizes(columns["num_frames"], columns["height"], columns["width"], columns["fps"])
 
   def row(self, i: int) -> dict[str, Any]:
     """All that the index knows: source, start_s, stop_s, bucket, hashes, scores, ..."""
@@ -146,8 +163,7 @@ def require_encoder(name: str, held: str, wanted: str) -> None:
     return
   if not wanted:
     raise ValueError(
-      f"{name} holds latents of encoder {held}, pixels are wanted: set data.source_kwargs.encoder={held} "
-      "in a run on latents"
+      f"{name} holds latents of encoder {held}, pixels are wanted: prepare it without --latents"
     )
   what = f"latents of encoder {held}" if held else "pixels"
   raise ValueError(f"{name} holds {what}, the run wants latents of encoder {wanted}: prepare it again")
