@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 
 from data_pipelines.prepare import __main__ as program
-from data_pipelines.prepare import dedup, plan, shots, signals
+from data_pipelines.prepare import codecs, dedup, plan, shots, signals
 from data_pipelines.prepare.config import PrepareConfig
 from data_pipelines.sources.shards import ShardSource
 from tests import media
@@ -353,3 +353,11 @@ def test_images_and_videos_lie_in_buckets_of_their_own(tmp_path):
   run_inline(data, tmp_path / "out")
   source = ShardSource(str(tmp_path / "out"))
   assert {source.row(i)["bucket"] for i in range(2)} == {"t0001_h0032_w0048", "t0009_h0032_w0048"}
+
+
+def test_codecs_are_compared(tmp_path, capsys):
+  data = make_set(tmp_path / "data", clips=2)
+  assert codecs.main([f"--input={data}", "--clips=2", "--side=64"]) == 0
+  lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:5]}
+  assert list(lines) == ["files", "jpeg", "h264", "raw"] and lines["raw"][2:4] == ["inf", "0"]
+  assert codecs.main([f"--input={tmp_path / 'gone'}"]) == 2
