@@ -6,14 +6,19 @@ from PIL import Image
 _PQ, _HLG = 16, 18  # transfer characteristics as numbered in ITU-T H.273
 HDR_TRANSFERS = (_PQ, _HLG)
 _WHITE_NITS = 203.0  # diffuse white of HDR video, ITU-R BT.2408
-_PEAK_NITS = 1000.0
+_HLG_NITS = 1000.0  # of a display, where the signal does not say
+_PEAK_NITS = 4000.0  # becomes white; brighter is cut off
 _BT2020_TO_BT709 = np.array(
   [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32
 )
 
 
 def tone_map(rgb48: np.ndarray, transfer: int) -> np.ndarray:
-  """16-bit PQ or HLG in BT.2020 primaries to 8-bit sRGB, highlights rolled off (extended Reinhard)."""
+  """16-bit PQ or HLG in BT.2020 primaries to 8-bit sRGB.
+
+  Highlights are rolled off by extended Reinhard on the largest channel, so that none is cut off and hues
+  stay; colours beyond BT.709 are mixed with grey of their own light.
+  """
   x = rgb48.astype(np.float32) / 65535.0
   weights = np.array([0.2627, 0.678, 0.0593], np.float32)
   if transfer == _PQ:  # SMPTE ST 2084
@@ -22,11 +27,15 @@ def tone_map(rgb48: np.ndarray, transfer: int) -> np.ndarray:
   else:  # ITU-R BT.2100, a display of 1000 nits
     a, b, c = 0.17883277, 0.28466892, 0.55991073
     scene = np.where(x <= 0.5, x * x / 3, (np.exp((x - c) / a) + b) / 12)
-    nits = _PEAK_NITS * scene * np.maximum(scene @ weights, 1e-6)[..., None] ** 0.2
+    nits = _HLG_NITS * scene * np.maximum(scene @ weights, 1e-6)[..., None] ** 0.2
   light = nits / _WHITE_NITS
-  luma = np.maximum(light @ weights, 1e-6)[..., None]
-  light = light * (1 + luma / (_PEAK_NITS / _WHITE_NITS) ** 2) / (1 + luma)
-  light = np.clip(light @ _BT2020_TO_BT709.T, 0, 1)
+  top = np.maximum(light.max(-1, keepdims=True), 1e-6)
+  light = np.clip(light * (1 + top / (_PEAK_NITS / _WHITE_NITS) ** 2) / (1 + top), 0, 1)
+  grey = (light @ weights)[..., None]
+  light = light @ _BT2020_TO_BT709.T
+  low, high = light.min(-1, keepdims=True), light.max(-1, keepdims=True)
+  kept = np.minimum(grey / np.maximum(grey - low, 1e-6), (1 - grey) / np.maximum(high - grey, 1e-6))
+  light = np.clip(grey + np.clip(kept, 0, 1) * (light - grey), 0, 1)
   srgb = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
   return np.round(255 * srgb).astype(np.uint8)
 

@@ -2,12 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from data_pipelines import video_io
+from data_pipelines import image_io, video_io
 from data_pipelines.parts import Media, Part
 from data_pipelines.sources.base import Entry
 from data_pipelines.video_io import MediaInfo, UnreadableError
@@ -42,13 +42,32 @@ def cut_info(info: MediaInfo, entry: Entry) -> MediaInfo:
   return info
 
 
+def check_size(info: MediaInfo, min_size: int, max_aspect: float) -> None:
+  size = f"{info.width}x{info.height}"
+  if min(info.width, info.height) < min_size:
+    raise UnreadableError("too_small", f"{size}, data.min_size={min_size}")
+  if max(info.width, info.height) > max_aspect * min(info.width, info.height):
+    raise UnreadableError("aspect", f"{size}, data.max_aspect={max_aspect:g}")
+
+
 def read(entry: Entry, whole: MediaInfo, spec: ClipSpec, start_s: float) -> np.ndarray:
   """uint8 (T, H, W, 3); `whole` is what `probe` said, `start_s` counts from the cut."""
   if entry.cut is not None and whole.fps:
     start_s += entry.cut[0] / whole.fps
-  if entry.crop is None:
-    return _read(entry, spec, start_s)
-  left, right, top, bottom = entry.crop
+  return read_cropped(lambda spec, start_s: _read(entry, spec, start_s), whole, entry.crop, spec, start_s)
+
+
+def read_cropped(
+  load: Callable[[ClipSpec, float], np.ndarray],
+  whole: MediaInfo,
+  crop: tuple[int, int, int, int] | None,
+  spec: ClipSpec,
+  start_s: float,
+) -> np.ndarray:
+  """The part `crop` (left, right, top, bottom in pixels of `whole`), at the size of `spec`."""
+  if crop is None:
+    return load(spec, start_s)
+  left, right, top, bottom = crop
   across, down = spec.width / (right - left), spec.height / (bottom - top)
   full = dataclasses.replace(
     spec,
@@ -57,7 +76,7 @@ def read(entry: Entry, whole: MediaInfo, spec: ClipSpec, start_s: float) -> np.n
   )
   x = min(round(left * across), full.width - spec.width)
   y = min(round(top * down), full.height - spec.height)
-  clip = _read(entry, full, start_s)
+  clip = load(full, start_s)
   return np.ascontiguousarray(clip[:, y : y + spec.height, x : x + spec.width])
 
 
@@ -83,7 +102,7 @@ def _read(entry: Entry, spec: ClipSpec, start_s: float) -> np.ndarray:
     if wanted == at:
       clip[t] = clip[t - 1]
     else:
-      clip[t] = video_io.read_image(Path(entry.path, entry.frames[wanted]), spec.height, spec.width)[0]
+      clip[t] = image_io.read_image(Path(entry.path, entry.frames[wanted]), spec.height, spec.width)[0]
     at = wanted
   return clip
 
@@ -96,7 +115,7 @@ def frame_numbers(spec: ClipSpec, start_s: float, fps: float) -> list[int]:
 def _probe_frames(folder: str, names: Sequence[str], fps: float) -> MediaInfo:
   size = None
   for name in names:
-    info = video_io.probe_image_header(Path(folder, name))
+    info = image_io.probe_image_header(Path(folder, name))
     if size not in (None, info):
       raise UnreadableError("frames_differ", f"{name} is {info[0]}x{info[1]}, the first {size[0]}x{size[1]}")
     size = info

@@ -1,4 +1,4 @@
-"""A part of a file, read as if it were a file: a member of a tar archive."""
+"""A part of a file, read as if it were a file: a member of a tar archive. And why a file cannot be read."""
 
 import dataclasses
 import io
@@ -7,6 +7,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 import fsspec
+
+
+class UnreadableError(Exception):
+  """A file that cannot be used; `reason` is one word for the statistics, `detail` says more."""
+
+  def __init__(self, reason: str, detail: str = ""):
+    super().__init__(reason, detail)  # both in args, so that it pickles
+    self.reason, self.detail = reason, detail
+
+  def __str__(self) -> str:
+    return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
 @dataclasses.dataclass(frozen=True)

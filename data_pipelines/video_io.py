@@ -2,12 +2,11 @@
 
 What a decoder leaves to its caller is done here: rotation and mirroring of the display matrix, the sample
 aspect ratio, EXIF orientation, cover art (skipped), a start time other than zero, edit lists, 10-bit and HDR
-to 8 bits (a simple tone map), alpha (composited on white; that of VP8/VP9 is dropped by the decoder).
-Interlaced frames are taken as they are. The kind of file is read from its content, never from its name.
+to 8 bits (a simple tone map), alpha (composited on white), interlaced frames (made whole by bwdif).
+The kind of file is read from its content, never from its name.
 """
 
 import dataclasses
-import io
 import itertools
 import os
 import statistics
@@ -18,10 +17,10 @@ from pathlib import Path
 import av
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
-from PIL import Image, ImageOps
+from PIL import Image
 
-from data_pipelines import color
-from data_pipelines.parts import Media, Part, open_bytes
+from data_pipelines import color, frame_filters, image_io
+from data_pipelines.parts import Media, Part, UnreadableError
 
 # Playlists and other formats that name further files or addresses are refused: a data file reads only itself.
 _OPEN_OPTIONS = {
@@ -30,20 +29,8 @@ _OPEN_OPTIONS = {
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,ogg,gif,asf,h264,hevc,m4v,ivf,obu,mxf,nut,dv,rm"
   ),
 }
-_MAX_PIXELS = 2**27
 _SAME_TIME = 1e-4  # seconds; time stamps of some containers are rounded
 _HD_HEIGHT = 720  # untagged video of this height or more is BT.709, as players assume
-
-
-class UnreadableError(Exception):
-  """A file that cannot be used; `reason` is one word for the statistics, `detail` says more."""
-
-  def __init__(self, reason: str, detail: str = ""):
-    super().__init__(reason, detail)  # both in args, so that it pickles
-    self.reason, self.detail = reason, detail
-
-  def __str__(self) -> str:
-    return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,26 +50,26 @@ def probe(path: Media, *, decode_limit_s: float = 120.0) -> MediaInfo:
   Videos up to `decode_limit_s` are decoded (not converted), so that the count is that of the frames which do
   decode before any error; longer ones, or all at 0, are counted by the container's packets.
   """
-  kind = _sniff(path)
+  kind = image_io.sniff(path)
   if kind == "image":
-    with open_image(path) as image:
+    with image_io.open_image(path) as image:
       try:
         image.load()
       except (OSError, ValueError, SyntaxError) as e:
         raise UnreadableError("truncated", str(e)) from e
-    width, height = probe_image_header(path)
+    width, height = image_io.probe_image_header(path)
     return MediaInfo(num_frames=1, height=height, width=width, fps=0.0)
   with _open_video(path) as (container, stream):
     seconds = float((stream.duration or 0) * stream.time_base) or (container.duration or 0) / 1e6
     times, error = [], ""
     first = None
     if seconds <= decode_limit_s:
-      for time, frame in (frames := _Frames(container, stream)):
+      for time, frame in (frames := _Frames(container, stream, is_shown=False)):
         first = first or frame
         times.append(time)
       error = frames.error
     else:
-      first = next((frame for _, frame in _Frames(container, stream)), None)
+      first = next((frame for _, frame in _Frames(container, stream, is_shown=False)), None)
       container.seek(0)
       packets = [p for p in container.demux(stream) if p.pts is not None]
       times = sorted(float(p.pts * p.time_base) for p in packets if not (p.is_corrupt or p.is_discard))
@@ -98,10 +85,10 @@ def read_clip(
   path: Media, *, num_frames: int, height: int, width: int, fps: float = 0.0, start_s: float = 0.0
 ) -> np.ndarray:
   """uint8 (T, H, W, 3): for each time start_s + i / fps the frame on display then, resized."""
-  if _sniff(path) == "image":
+  if image_io.sniff(path) == "image":
     if num_frames != 1:
       raise UnreadableError("too_short", f"an image was asked for {num_frames} frames")
-    return read_image(path, height, width)
+    return image_io.read_image(path, height, width)
   wanted = start_s + np.arange(num_frames) / (fps or 1.0)
   out = np.empty((num_frames, height, width, 3), np.uint8)
   reformatter = VideoReformatter()
@@ -132,18 +119,15 @@ def read_clip(
 class _Frames:
   """Iterates over (seconds since the first frame, frame) up to the first damaged one; `error` says what."""
 
-  def __init__(self, container, stream, origin: float | None = None):
+  def __init__(self, container, stream, origin: float | None = None, *, is_shown: bool = True):
     self.error, self.origin = "", origin
-    self._container, self._stream = container, stream
+    self._container, self._stream, self._is_shown = container, stream, is_shown
 
   def __iter__(self) -> Iterator[tuple[float, av.VideoFrame]]:
     step = 1.0 / float(self._stream.average_rate or self._stream.guessed_rate or 25)
     time = -step
     try:
-      for frame in self._container.decode(self._stream):
-        if frame.is_corrupt:
-          self.error = "a damaged frame"
-          return
+      for frame in self._decoded():
         # Raw streams carry no time stamps: count frames instead.
         stamp = time + step + (self.origin or 0.0) if frame.time is None else float(frame.time)
         if self.origin is None:
@@ -152,6 +136,19 @@ class _Frames:
         yield time, frame
     except (av.FFmpegError, ValueError) as e:
       self.error = getattr(e, "strerror", None) or str(e)
+
+  def _decoded(self) -> Iterator[av.VideoFrame]:
+    """Up to a damaged frame; counting frames takes neither alpha nor whole pictures."""
+    if self._is_shown:
+      return frame_filters.progressive(self._sound(frame_filters.decode(self._container, self._stream)))
+    return self._sound(self._container.decode(self._stream))
+
+  def _sound(self, frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    for frame in frames:
+      if frame.is_corrupt:
+        self.error = "a damaged frame"
+        return
+      yield frame
 
 
 class _Chained:
@@ -209,7 +206,7 @@ class _open_video:  # noqa: N801, a context manager used as a function
     if stream is None:
       self._container.close()
       raise UnreadableError("no_video", "the file has no video stream")
-    if stream.codec_context is None or not 0 < stream.width * stream.height <= _MAX_PIXELS:
+    if stream.codec_context is None or not 0 < stream.width * stream.height <= image_io.MAX_PIXELS:
       size = f"{stream.width}x{stream.height}" if stream.codec_context else "unknown codec"
       self._container.close()
       raise UnreadableError("unreadable", f"cannot decode a stream of {size}")
@@ -223,57 +220,6 @@ class _open_video:  # noqa: N801, a context manager used as a function
     self._container.close()
     if self._file is not None:
       self._file.close()
-
-
-def _sniff(path: Media) -> str:
-  """ "image" or "video", by content; raises where there is nothing to read."""
-  try:
-    with open_bytes(path) as f:
-      head = f.read(32)
-  except OSError as e:
-    raise UnreadableError("missing" if isinstance(e, FileNotFoundError) else "unreadable", e.strerror) from e
-  if not head:
-    raise UnreadableError("empty", "0 bytes")
-  if head.startswith(b"GIF8"):
-    with open_image(path) as image:
-      return "video" if getattr(image, "n_frames", 1) > 1 else "image"
-  is_image = (
-    head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*"))
-    or (head.startswith(b"RIFF") and head[8:12] == b"WEBP")
-    or head[4:12] in (b"ftypavif", b"ftypavis", b"ftypheic", b"ftypmif1")
-  )
-  return "image" if is_image else "video"
-
-
-def open_image(path: Media) -> Image.Image:
-  try:
-    image = Image.open(io.BytesIO(path.read()) if isinstance(path, Part) else path)
-  except Image.DecompressionBombError as e:
-    raise UnreadableError("too_large", str(e)) from e
-  except (OSError, ValueError, SyntaxError) as e:
-    raise UnreadableError("unreadable", "not an image that Pillow can read") from e
-  if image.width * image.height > _MAX_PIXELS:
-    raise UnreadableError("too_large", f"{image.width}x{image.height}")
-  return image
-
-
-def probe_image_header(path: Media) -> tuple[int, int]:
-  """(width, height) as displayed, no pixel decoded."""
-  if _sniff(path) != "image":
-    raise UnreadableError("unreadable", f"{path} is no image")
-  with open_image(path) as image:
-    return image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size
-
-
-def read_image(path: Media, height: int, width: int) -> np.ndarray:
-  try:
-    with open_image(path) as image:
-      image = color.to_rgb_image(ImageOps.exif_transpose(image))
-      if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
-      return np.asarray(image, np.uint8)[None]
-  except (OSError, ValueError, SyntaxError) as e:
-    raise UnreadableError("truncated", str(e)) from e
 
 
 def _rate(times: list[float], stated: Fraction | None) -> float:

@@ -1,3 +1,4 @@
+import colorsys
 import pickle
 from fractions import Fraction
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import video_io
+from data_pipelines import color, video_io
 from data_pipelines.video_io import UnreadableError, probe, read_clip
 from tests import media
 
@@ -202,9 +203,9 @@ def test_written_clips_read_back(tmp_path, height, width):
 
 def test_hdr_white_and_black_stay_neutral():
   grey = np.full((2, 2, 3), round(0.58 * 65535), np.uint16)  # PQ code of diffuse white, 203 nits
-  image = video_io.color.tone_map(grey, 16)
+  image = color.tone_map(grey, 16)
   assert np.ptp(image) <= 1 and 170 < image.mean() < 230
-  assert video_io.color.tone_map(np.zeros((2, 2, 3), np.uint16), 18).max() == 0
+  assert color.tone_map(np.zeros((2, 2, 3), np.uint16), 18).max() == 0
 
 
 def test_png_and_errors_pickle(tmp_path):
@@ -213,3 +214,97 @@ def test_png_and_errors_pickle(tmp_path):
   assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), image)
   error = pickle.loads(pickle.dumps(UnreadableError("empty", "0 bytes")))
   assert (error.reason, str(error)) == ("empty", "empty: 0 bytes")
+
+
+@pytest.mark.parametrize("nits,expected", [(0, 0), (10, 60), (203, 188), (1000, 238), (4000, 255)])
+def test_hdr_light_becomes_a_known_grey(nits, expected):
+  """Against SMPTE ST 2084 and the roll-off as written, one value at a time."""
+  y = (nits / 10000) ** (2610 / 16384)
+  code = ((0.8359375 + 18.8515625 * y) / (1 + 18.6875 * y)) ** (2523 / 32) if nits else 0.0
+  grey = np.full((1, 1, 3), round(code * 65535), np.uint16)
+  light = nits / 203
+  light = light * (1 + light / (4000 / 203) ** 2) / (1 + light)
+  srgb = 12.92 * light if light <= 0.0031308 else 1.055 * light ** (1 / 2.4) - 0.055
+  assert abs(round(255 * srgb) - expected) <= 2
+  assert np.abs(color.tone_map(grey, 16).astype(int) - round(255 * srgb)).max() <= 2
+
+
+def test_hdr_colours_keep_their_hue():
+  """sRGB colours taken to BT.2020 and PQ at 100 nits for white come back darker, of the same hue."""
+  to_2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])
+  colours = np.array([[200, 40, 40], [40, 180, 60], [50, 70, 210], [220, 200, 60], [128, 128, 128]]) / 255
+  linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+  y = (linear @ to_2020.T * 100 / 10000) ** (2610 / 16384)
+  code = ((0.8359375 + 18.8515625 * y) / (1 + 18.6875 * y)) ** (2523 / 32)
+  back = color.tone_map(np.round(code * 65535).astype(np.uint16)[None], 16)[0] / 255
+  hue = [colorsys.rgb_to_hsv(*c)[0] for c in back[:4]]
+  assert np.abs(np.array(hue) - [colorsys.rgb_to_hsv(*c)[0] for c in colours[:4]]).max() < 0.03
+  assert np.ptp(back[4]) < 0.01 and (back <= colours + 0.02).all()
+
+
+def test_hdr_colours_beyond_the_screen_keep_their_light():
+  """Pure primaries of BT.2020 have no place in BT.709: they become paler, not brighter or darker."""
+  for nits, primary in ((60, 0), (60, 1), (120, 1), (60, 2)):
+    linear = np.eye(3)[primary] * nits
+    y = (linear / 10000) ** (2610 / 16384)
+    code = ((0.8359375 + 18.8515625 * y) / (1 + 18.6875 * y)) ** (2523 / 32)
+    back = color.tone_map(np.round(code * 65535).astype(np.uint16)[None, None], 16)[0, 0] / 255
+    shown = np.where(back <= 0.04045, back / 12.92, ((back + 0.055) / 1.055) ** 2.4) @ [
+      0.2126,
+      0.7152,
+      0.0722,
+    ]
+    light = nits / 203
+    light *= (1 + light / (4000 / 203) ** 2) / (1 + light)
+    assert shown == pytest.approx(light * [0.2627, 0.678, 0.0593][primary], rel=0.05)
+    assert back.argmax() == primary
+
+
+def woven(path, num_frames=12):
+  """Interlaced H.264: a bar that moves between the two fields of a frame."""
+  with av.open(str(path), "w") as out:
+    stream = out.add_stream("libx264", rate=25, options={"x264-params": "tff=1", "crf": "10"})
+    stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+    stream.codec_context.flags |= av.codec.context.Flags.interlaced_dct | av.codec.context.Flags.interlaced_me
+    for t in range(num_frames):
+      image = np.full((64, 64, 3), 30, np.uint8)
+      for field in (0, 1):
+        x = 4 * t + 2 * field
+        image[field::2, x : x + 8] = 220
+      out.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+    out.mux(stream.encode())
+  return path
+
+
+def test_interlaced_frames_are_made_whole(tmp_path):
+  path = woven(tmp_path / "a.mp4")
+  with av.open(str(path)) as container:
+    frames = list(container.decode(video=0))
+  assert all(f.interlaced_frame for f in frames)
+  clip = read(path, 12, fps=25.0, height=64, width=64).astype(int)
+  raw = np.stack([f.to_ndarray(format="rgb24") for f in frames]).astype(int)
+  comb = [np.abs(2 * v[1:-1, 1:-1] - v[1:-1, :-2] - v[1:-1, 2:]).mean() for v in (clip, raw)]
+  assert comb[0] < 0.4 * comb[1]
+  centre = [float((f[..., 0].sum(0) * np.arange(64)).sum() / f[..., 0].sum()) for f in clip - 30]
+  assert np.abs(np.diff(centre[1:-1]) - 4).max() < 1  # in order, none lost, none twice
+  again = read(path, 4, fps=25.0, start_s=0.2, height=64, width=64)
+  assert np.array_equal(again, clip[5:9])
+  assert probe(path).num_frames == 12
+
+
+@pytest.mark.parametrize("codec", ["libvpx-vp9", "libvpx"])
+def test_alpha_of_webm_goes_on_white(tmp_path, codec):
+  with av.open(str(tmp_path / "a.webm"), "w") as out:
+    stream = out.add_stream(codec, rate=10)
+    stream.width, stream.height, stream.pix_fmt = 64, 64, "yuva420p"
+    stream.options = {"auto-alt-ref": "0"}
+    stream.metadata["alpha_mode"] = "1"
+    for _ in range(15):
+      image = np.zeros((64, 64, 4), np.uint8)
+      image[:, 32:] = (200, 30, 30, 255)
+      out.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgba").reformat(format="yuva420p")))
+    out.mux(stream.encode())
+  for start in (0.0, 1.2):
+    clip = read(tmp_path / "a.webm", 2, fps=10.0, start_s=start, height=64, width=64).astype(int)
+    assert clip[:, :, :28].min() > 245 and np.abs(clip[:, :, 36:] - [200, 30, 30]).max() < 25
+  assert probe(tmp_path / "a.webm").num_frames == 15

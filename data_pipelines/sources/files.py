@@ -102,9 +102,5 @@ def _used(entry: Entry, whole: index.Probed, min_size: int, max_aspect: float) -
   if isinstance(whole, UnreadableError):
     raise whole
   info = media_io.cut_info(whole, entry)
-  size = f"{info.width}x{info.height}"
-  if min(info.width, info.height) < min_size:
-    raise UnreadableError("too_small", f"{size}, data.min_size={min_size}")
-  if max(info.width, info.height) > max_aspect * min(info.width, info.height):
-    raise UnreadableError("aspect", f"{size}, data.max_aspect={max_aspect:g}")
+  media_io.check_size(info, min_size, max_aspect)
   return info

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipelines.config import DataConfig
-from data_pipelines.sources import custom, formats, mixture, remote, tensorflow_datasets
+from data_pipelines.sources import custom, formats, mixture, remote, shards, tensorflow_datasets
 from data_pipelines.sources.base import Found, ReadOptions, Source
 from data_pipelines.sources.files import FileSource
 from data_pipelines.sources.synthetic import SyntheticSource
@@ -52,10 +52,12 @@ def _opened(config: DataConfig) -> Source:
 
 
 def locate(config: DataConfig) -> Source | Located:
-  """A registered name, a set of TFDS, a name that a package announces, an address, "module:Name", else a path
-  in one of the formats of `formats.py`."""
+  """A registered name, shards that `prepare` wrote, a set of TFDS, a name that a package announces, an
+  address, "module:Name", else a path in one of the formats of `formats.py`."""
   if config.source in _factories:
     return _factories[config.source](config)
+  if shards.is_prepared(config.source):
+    return shards.ShardSource(config.source, **config.source_kwargs)
   if config.source.startswith(tensorflow_datasets.PREFIX):
     return tensorflow_datasets.read(config)
   path, options = Path(os.path.expanduser(config.source)), read_options(config)

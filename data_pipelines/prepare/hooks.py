@@ -1,0 +1,75 @@
+"""`module:name` of someone else's code: captions, scores, encoders."""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+class HookError(ValueError):
+  """A hook is missing, or does not do what it must."""
+
+
+@functools.cache
+def load(name: str) -> Callable[..., Any]:
+  """The function, or an instance of the class; one a process."""
+  module_name, _, attribute = name.partition(":")
+  try:
+    module = importlib.import_module(module_name)
+  except ImportError as e:
+    raise HookError(f"{name}: cannot import {module_name}: {e}") from e
+  found = getattr(module, attribute, None)
+  if found is None:
+    raise HookError(f"{name}: {module_name} has no {attribute}")
+  return found() if inspect.isclass(found) else found
+
+
+def call(name: str, where: str, *arguments: Any) -> Any:
+  function = load(name)
+  if not callable(function):
+    raise HookError(f"{name} is a {type(function).__name__}, which cannot be called")
+  try:
+    return function(*arguments)
+  except Exception as e:  # noqa: BLE001, code of others
+    raise HookError(f"{name} fails on {where}: {type(e).__name__}: {e}") from e
+
+
+def encoder_hash(name: str) -> str:
+  """`.hash` of an encoder: a text that changes when what it computes does."""
+  mark = getattr(load(name), "hash", None)
+  if not isinstance(mark, str) or not mark:
+    raise HookError(f"{name} has no .hash, a text that tells this encoder from others")
+  return mark
+
+
+def encode(name: str, where: str, frames_THWC: np.ndarray) -> np.ndarray:
+  """Latents (t, h, w, C) of an encoder with `factors` and `encode`, as config.data.latents names one."""
+  made = load(name)
+  latent_factors(name)
+  try:
+    values = made.encode(frames_THWC)
+  except Exception as e:  # noqa: BLE001, code of others
+    raise HookError(f"{name}.encode fails on {where}: {type(e).__name__}: {e}") from e
+  return array(name, where, values, 4)
+
+
+def latent_factors(name: str) -> tuple[int, int, int]:
+  factors = getattr(load(name), "factors", None)
+  is_fine = isinstance(factors, tuple) and len(factors) == 3
+  if not is_fine or not all(isinstance(n, int) and n > 0 for n in factors):
+    raise HookError(f"{name} has no .factors, (frames, height, width) in pixels of a latent cell")
+  if not callable(getattr(load(name), "encode", None)):
+    raise HookError(f"{name} has no .encode(frames_THWC)")
+  return factors
+
+
+def array(name: str, where: str, value: Any, dims: int) -> np.ndarray:
+  made = np.asarray(value, np.float32)
+  if made.ndim != dims or not made.size or not np.isfinite(made).all():
+    raise HookError(
+      f"{name} gives an array of shape {made.shape} for {where}: finite, {dims} dims are needed"
+    )
+  return made

@@ -1,0 +1,99 @@
+"""Where a record lies in an ArrayRecord file, so that it can be read by its range of bytes, from anywhere.
+
+ArrayRecord files are Riegeli files (github.com/google/riegeli, doc/riegeli_records_file_format.md): blocks of
+64 KiB, each opened by a header of 24 bytes, and chunks that run across them. Written uncompressed in groups
+of one, a record is a chunk: a header of 40 bytes, a byte 0 (no compression), the sizes, the record.
+"""
+
+import hashlib
+import mmap
+import os
+from pathlib import Path
+
+from data_pipelines.parts import UnreadableError
+
+WRITER_OPTIONS = "group_size:1,uncompressed"
+_BLOCK, _BLOCK_HEADER, _CHUNK_HEADER = 65536, 24, 40
+_SIMPLE = ord("r")
+
+
+def record_spans(path: str | Path, count: int) -> list[tuple[int, int]]:
+  """(offset, bytes) of the chunks of the first `count` records."""
+  spans, at = [], 0
+  if not count:
+    return spans
+  with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    while len(spans) < count:
+      header = _payload(data[at : at + _CHUNK_HEADER + _BLOCK_HEADER], at)
+      if len(header) < _CHUNK_HEADER:
+        raise ValueError(f"{path} holds {len(spans)} records, not {count}")
+      size = int.from_bytes(header[8:16], "little")
+      records = int.from_bytes(header[25:32], "little")
+      end = _advance(at, _CHUNK_HEADER + size)
+      if header[24] == _SIMPLE and records == 1:
+        spans.append((at, end - at))
+      at = end
+  return spans
+
+
+def record_of(chunk: bytes, offset: int) -> bytes:
+  """The record in the bytes of a chunk that starts at `offset` of its file."""
+  data = _payload(chunk, offset)
+  if len(data) < _CHUNK_HEADER + 2 or data[24] != _SIMPLE or data[_CHUNK_HEADER] != 0:
+    raise UnreadableError("damaged", f"no uncompressed record at byte {offset}")
+  size, at = _varint(data, _CHUNK_HEADER + 1)
+  length, _ = _varint(data, at)
+  start = at + size
+  stop = _CHUNK_HEADER + int.from_bytes(data[8:16], "little")
+  if start + length != stop or stop > len(data):
+    raise UnreadableError("damaged", f"a record of {length} bytes at byte {offset} is cut off")
+  return data[start:stop]
+
+
+def digest(data: bytes) -> str:
+  return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def fsync_folder(folder: str | Path) -> None:
+  """A renamed file survives a power cut only once its folder is on disk."""
+  handle = os.open(folder, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
+
+
+def _payload(data: bytes, offset: int) -> bytes:
+  """Without the headers of blocks."""
+  parts, at = [], 0
+  while at < len(data):
+    inside = (offset + at) % _BLOCK
+    if inside < _BLOCK_HEADER:
+      at += _BLOCK_HEADER - inside
+      continue
+    stop = min(len(data), at + _BLOCK - inside)
+    parts.append(data[at:stop])
+    at = stop
+  return b"".join(parts)
+
+
+def _advance(at: int, count: int) -> int:
+  """The position after `count` bytes of payload."""
+  while count:
+    inside = at % _BLOCK
+    if inside < _BLOCK_HEADER:
+      at += _BLOCK_HEADER - inside
+      continue
+    step = min(count, _BLOCK - inside)
+    at, count = at + step, count - step
+  return at
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+  value = shift = 0
+  while at < len(data) and shift < 64:
+    byte = data[at]
+    value, at, shift = value | (byte & 127) << shift, at + 1, shift + 7
+    if byte < 128:
+      return value, at
+  raise UnreadableError("damaged", "a number without an end")

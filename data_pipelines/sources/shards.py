@@ -1,0 +1,248 @@
+"""Our own shards, as `python -m data_pipelines.prepare` writes them: pixels or latents, local or remote.
+
+The index says where each record lies, so a record is one read of a range of bytes, of a file or of an object
+(any fsspec address: gs://, s3://, memory://); no shard is opened before. Each record is checked by its CRC.
+"""
+
+import collections
+import json
+import os
+import threading
+import zlib
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipelines import clip_codec, media_io, shard_bytes, shard_records
+from data_pipelines.parts import UnreadableError
+from data_pipelines.sources import paths
+from data_pipelines.sources.base import SampleInfo, Sizes
+from sora_jax.packing.geometry import ClipSpec
+
+FORMAT, VERSION = "sora_jax shards", 1
+INDEX, ABOUT = "index.parquet", "shards.json"
+_MAX_OPEN = 128
+PIXELS = ""  # encoder of a set that holds pixels
+
+SCHEMA = pa.schema(
+  [
+    ("id", pa.string()), ("shard", pa.string()), ("record", pa.int64()), ("offset", pa.int64()),
+    ("span", pa.int64()), ("bytes", pa.int64()), ("crc32", pa.uint32()), ("bucket", pa.string()),
+    ("num_frames", pa.int32()), ("height", pa.int32()), ("width", pa.int32()), ("channels", pa.int32()),
+    ("fps", pa.float64()), ("pixel_frames", pa.int32()), ("pixel_height", pa.int32()),
+    ("pixel_width", pa.int32()), ("tokens", pa.int64()), ("captions", pa.list_(pa.string())),
+    ("label", pa.int32()), ("source", pa.string()), ("start_s", pa.float64()), ("stop_s", pa.float64()),
+    ("crop", pa.list_(pa.int32())), ("hashes", pa.list_(pa.string())), ("scores", pa.string()),
+    ("encoder", pa.string()), ("text_encoder", pa.string()),
+  ]
+)  # fmt: skip
+
+
+def is_prepared(path: str) -> bool:
+  """An address, or a folder with our description in it."""
+  if "://" in path:
+    return True
+  return os.path.isfile(os.path.join(os.path.expanduser(path), ABOUT))
+
+
+class ShardSource:
+  """`encoder` is the hash of the one whose latents are wanted, "" = pixels; None takes what the set holds."""
+
+  def __init__(self, path: str, encoder: str | None = None):
+    self.name, self._path = path, path if "://" in path else os.path.expanduser(path)
+    self._files = _Files(self._path)
+    about, index = _about(self._files, path), self._files.whole(INDEX)
+    self.encoder_hash: str = about["encoder"]
+    self.text_encoder_hash: str = about["text_encoder"]
+    if encoder is not None:
+      require_encoder(self.name, self.encoder_hash, encoder)
+    self._mark = shard_bytes.digest(index)
+    if self._mark != about["index_checksum"]:
+      raise ValueError(f"{path}: {INDEX} is not the one that {ABOUT} describes: run the preparation again")
+    try:
+      table = pq.read_table(pa.BufferReader(index), schema=SCHEMA)
+    except (pa.ArrowException, OSError, ValueError) as e:
+      raise ValueError(f"{path}/{INDEX}: {str(e).splitlines()[0]}") from e
+    _check_table(path, table)
+    self.rejects: list[tuple[str, str]] = []
+    self._table = table
+    numbers = (
+      "num_frames",
+      "height",
+      "width",
+      "channels",
+      "fps",
+      "label",
+      "offset",
+      "span",
+      "crc32",
+      "start_s",
+    )
+    self._columns = {name: table[name].to_numpy() for name in numbers}
+
+  def __reduce__(self):  # a worker process opens its own files
+    return (ShardSource, (self._path, self.encoder_hash))
+
+  def __len__(self) -> int:
+    return len(self._table)
+
+  def info(self, i: int) -> SampleInfo:
+    """Sizes of a latent set count latent cells; no shard is opened."""
+    columns = self._columns
+    source, start = self._table["source"][i].as_py(), float(columns["start_s"][i])
+    return SampleInfo(
+      id=i,
+      name=f"{source}@{start:g}s",
+      num_frames=int(columns["num_frames"][i]),
+      height=int(columns["height"][i]),
+      width=int(columns["width"][i]),
+      fps=float(columns["fps"][i]),
+      captions=tuple(self._table["captions"][i].as_py()),
+      label=int(columns["label"][i]),
+      start_s=float(columns["start_s"][i]),
+    )
+
+  def sizes(self) -> Sizes:
+    columns = self._columns
+    return Sizes(columns["num_frames"], columns["height"], columns["width"], columns["fps"])
+
+  def row(self, i: int) -> dict[str, Any]:
+    """All that the index knows: source, start_s, stop_s, bucket, hashes, scores, ..."""
+    row = self._table.slice(i, 1).to_pylist()[0]
+    return row | {"scores": json.loads(row["scores"])}
+
+  def load(self, i: int, spec: ClipSpec, start_s: float = 0.0) -> np.ndarray:
+    """uint8 (T, H, W, 3); of latents (T, h, w, C) as stored, float16 or bfloat16."""
+    record = self._record(i)
+    wanted = media_io.frame_numbers(spec, start_s, record["fps"])
+    if record["kind"] == "pixels":
+      _, height, width, _ = record["shape"]
+      return clip_codec.decode(
+        record["frames"],
+        record["codec"],
+        wanted,
+        size=(height, width),
+        height=spec.height,
+        width=spec.width,
+      )
+    values = shard_records.array_of(record)
+    if values.shape[1:3] != (spec.height, spec.width) or np.any(np.diff(wanted) != 1):
+      raise ValueError(
+        f"{self.name}: latents of {values.shape[2]}x{values.shape[1]} cells cannot be resized to "
+        f"{spec.width}x{spec.height}, nor frames left out: raise data.max_tokens, set data.target_fps=0"
+      )
+    if wanted[-1] >= len(values):
+      raise UnreadableError("truncated", f"latent frame {wanted[-1]} of {len(values)}")
+    return values[wanted[0] : wanted[-1] + 1]
+
+  def text(self, i: int, caption: int = 0) -> np.ndarray:
+    """(tokens, width) of a caption's embedding, by `text_encoder_hash`."""
+    texts = self._record(i).get("text")
+    if not isinstance(texts, list) or not 0 <= caption < len(texts) or not isinstance(texts[caption], dict):
+      raise UnreadableError("no_text", f"record {i} has no embedding of caption {caption}")
+    return shard_records.array_of(texts[caption])
+
+  def fingerprint(self) -> str:
+    return f"{self._mark}:{self.encoder_hash}"
+
+  def _record(self, i: int) -> dict[str, Any]:
+    shard, columns = self._table["shard"][i].as_py(), self._columns
+    offset, span = int(columns["offset"][i]), int(columns["span"][i])
+    data = shard_bytes.record_of(self._files.part(shard, offset, span), offset)
+    if zlib.crc32(data) != columns["crc32"][i]:
+      raise UnreadableError("damaged", f"{shard}, record at byte {offset}: its checksum differs")
+    return shard_records.unpack(data)
+
+
+def require_encoder(name: str, held: str, wanted: str) -> None:
+  """Latents of another encoder are noise to a model: refused, as are pixels in place of latents."""
+  if held == wanted:
+    return
+  if not wanted:
+    raise ValueError(
+      f"{name} holds latents of encoder {held}, pixels are wanted: prepare it without --latents"
+    )
+  what = f"latents of encoder {held}" if held else "pixels"
+  raise ValueError(f"{name} holds {what}, the run wants latents of encoder {wanted}: prepare it again")
+
+
+class _Files:
+  """Ranges of bytes below a folder or an address."""
+
+  def __init__(self, root: str):
+    self._root, self._lock = root, threading.Lock()
+    self._remote = None
+    if "://" in root:
+      try:
+        self._remote, self._root = fsspec.url_to_fs(root)
+      except (ImportError, ValueError, OSError) as e:
+        raise ValueError(f"data.source={root!r}: {e}") from e
+    self._open: collections.OrderedDict[str, Any] = collections.OrderedDict()
+
+  def whole(self, name: str) -> bytes:
+    try:
+      if self._remote is not None:
+        return self._remote.cat_file(f"{self._root.rstrip('/')}/{name}")
+      with open(os.path.join(self._root, name), "rb") as f:
+        return f.read()
+    except OSError as e:
+      raise ValueError(f"{self._root}/{name} cannot be read: {e.strerror or e}") from e
+
+  def part(self, name: str, offset: int, size: int) -> bytes:
+    try:
+      if self._remote is not None:
+        path = f"{self._root.rstrip('/')}/{name}"
+        data = self._remote.cat_file(path, start=offset, end=offset + size)
+      else:
+        handle = self._file(name).fileno()
+        is_there = offset + size <= os.fstat(handle).st_size  # else no memory is taken for it
+        data = os.pread(handle, size, offset) if is_there else b""
+    except (OSError, ValueError) as e:
+      raise UnreadableError("unreadable", f"{name}: {e}") from e
+    if len(data) != size:
+      raise UnreadableError("truncated", f"{name} ends before byte {offset + size}")
+    return data
+
+  def _file(self, name: str):
+    """An open file; the caller's hold on it keeps it open though others push it out."""
+    with self._lock:
+      file = self._open.pop(name, None)
+      if file is None:
+        path = paths.resolve(os.path.join(self._root, name), self._root, allow_outside_root=False)
+        file = open(path, "rb")  # noqa: SIM115, closed when no one holds it
+      self._open[name] = file
+      if len(self._open) > _MAX_OPEN:
+        self._open.popitem(last=False)
+      return file
+
+
+def _about(files: _Files, path: str) -> dict[str, Any]:
+  try:
+    about = json.loads(files.whole(ABOUT))
+  except (ValueError, RecursionError) as e:
+    raise ValueError(f"{path} holds no shards of ours: {e}") from e
+  if not isinstance(about, dict) or about.get("format") != FORMAT or about.get("version") != VERSION:
+    raise ValueError(f"{path}/{ABOUT} is no description of {FORMAT}, version {VERSION}")
+  for key in ("encoder", "text_encoder", "index_checksum"):
+    if not isinstance(about.get(key), str):
+      raise ValueError(f"{path}/{ABOUT} has no {key}")
+  return about
+
+
+def _check_table(path: str, table: pa.Table) -> None:
+  if not len(table):
+    raise ValueError(f"{path}/{INDEX} has no samples")
+  for name in SCHEMA.names:
+    if table[name].null_count and name != "crop":
+      raise ValueError(f"{path}/{INDEX}: column {name} has empty cells")
+  for name, least in (("num_frames", 1), ("height", 1), ("width", 1), ("span", 1), ("offset", 0), ("fps", 0)):
+    values = table[name].to_numpy()
+    if not np.isfinite(values).all() or values.min() < least:
+      raise ValueError(f"{path}/{INDEX}: column {name} has values below {least}")
+  for name in table["shard"].unique().to_pylist():
+    parts = (name or "").split("/")
+    if len(parts) != 2 or any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts):
+      raise ValueError(f"{path}/{INDEX} names a shard {str(name)[:80]!r}: not within the set")
