@@ -88,7 +88,7 @@ class RowLoader:
       tokens_LC=tokens,
       grid=grid,
       sample_id=info.id,
-      text_ids=self.tokenize(self._caption(info, epoch)),
+      text_ids=self.tokenize(self.caption(info, epoch)),
       fps=spec.fps,
       label=info.label,
       given_L=self._given(i, epoch, grid),
@@ -118,7 +118,8 @@ class RowLoader:
       return 0
     return int(self._draw(_START, epoch, i) * (spare + 1))
 
-  def _caption(self, info: SampleInfo, epoch: int) -> str:
+  def caption(self, info: SampleInfo, epoch: int) -> str:
+    """The one of its captions that a sample has in this epoch."""
     if not info.captions:
       return ""
     choice = self._draw(_CAPTION, epoch, info.id) if self.is_train else 0.0

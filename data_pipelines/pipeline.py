@@ -111,6 +111,11 @@ class Pipeline:
       batches.append(stack_rows(loaded))
     return batches
 
+  def planned_samples(self, step: int) -> list[list[tuple[int, str]]]:
+    """(id, caption) of the samples of each row of a step; nothing is read."""
+    rows = [_with_ids(row, self._ids) for row in self.plan.rows_of_step(step)]
+    return [[(i, self.loader.caption(self.infos[i], row.epoch)) for i in row.ids] for row in rows]
+
   def fingerprint(self) -> str:
     """Of all that decides which batch comes at which step."""
     c = self.config
