@@ -5,8 +5,8 @@ python -m sora_jax.scaling_laws plan --config=configs/scaling.py --sizes=8x2x1,1
 python -m sora_jax.scaling_laws run --plan=runs/ladder/plan.json
 
 The quickstart's recipe with AdamW and smaller batches, so that small budgets still buy some steps. The plan
-sets width, depth, heads, steps and warm-up of each run. Preset "debug": runs of seconds. Hardware: 2 CPU cores;
-figures: docs/scaling_laws.md.
+sets width, depth, heads, steps and warm-up of each run. Preset "debug": runs of seconds. Hardware: 2 CPU
+cores; figures: docs/scaling_laws.md.
 """
 
 import ml_collections

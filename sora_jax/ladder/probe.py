@@ -2,8 +2,8 @@
 
 Clips of synthetic shapes, noised a little and without their captions, go through the trained network up to a
 middle block; a linear layer learns colour, shape and direction from what comes out, averaged over halves of
-the time. Beside it stand the same network with random weights, and the raw pixels. The network stays as it was:
-its digest is taken before and after. With --csv=DIR/results.csv instead: ability by compute, a dot for each run.
+the time. Beside it stand the same network with random weights, and the raw pixels. The digest of the weights
+is taken before and after. With --csv=DIR/results.csv instead: ability by compute, a dot for each run.
 """
 
 import csv
@@ -90,10 +90,11 @@ def probe(run: TrainedRun, *, blocks: int, noise_level: float, num_clips: int, s
   split = 2 * num_clips // 3
   result = {}
   for name, x in features.items():
-    result[name] = {}
+    space, result[name] = probe_lib.space(x[:split]), {}
+    learn, judge = space.of(x[:split]), space.of(x[split:])
     for label in LABELS:
       y = np.array([getattr(scene, label) for scene in scenes])
-      result[name][label] = probe_lib.fit(x[:split], y[:split], seed=seed).accuracy(x[split:], y[split:])
+      result[name][label] = probe_lib.fit(learn, y[:split], seed=seed).accuracy(judge, y[split:])
     result[name]["mean"] = float(np.mean([result[name][label] for label in LABELS]))
   return result
 
