@@ -29,7 +29,7 @@ SECTIONS = {
 }
 SET_ELSEWHERE = {"train": {"seed"}}  # config.seed
 FOLDER = Path(__file__).parent.parent / "configs"
-PRESETS = {"quickstart.py": ("", "own_data", "debug")}
+PRESETS = {"quickstart.py": ("", "own_data", "debug"), "scaling.py": ("", "debug")}
 
 
 def test_common_names_every_key():

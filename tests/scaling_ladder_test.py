@@ -184,6 +184,8 @@ def test_plan_and_launch(tmp_path):
   first = out.splitlines()[0]
   assert first.startswith("launcher --name=c2e08-w8d1h1 --config=configs/scaling.py:debug --workdir=")
   assert "-- --config.data.rows=3 --config.model.width=8" in first
+  line = ("run", f"--plan={tmp_path / 'plan.json'}", "--launcher=go {workdir}", "--runs_dir=gs://b/l/")
+  assert finish(start(*line))[0].splitlines()[0] == "go gs://b/l/c2e08_w8d1h1"
   _, err = finish(start(*PLAN, "--budgets=2e8", f"--output={tmp_path}"), code=2)
   assert "exists; remove it" in err
   _, err = finish(start("run", f"--plan={tmp_path / 'plan.json'}", "--launcher=go {job}"), code=2)
@@ -251,7 +253,8 @@ def test_truncated_model_gives_its_stream_and_leaves_the_model_alone():
   model = probe.random_weights(model, 1)
   before, batch = probe.weights_digest(model), tiny_dit.batch(0)
   t_BN = np.full(batch.fps_BN.shape, 0.1, np.float32)
-  streams = {blocks: probe.truncated(model, blocks)(batch.tokens_BLC, t_BN, batch) for blocks in (1, 2)}
+  run = jax.jit(lambda graph, state: nnx.merge(graph, state)(batch.tokens_BLC, t_BN, batch), static_argnums=0)
+  streams = {blocks: run(*nnx.split(probe.truncated(model, blocks))) for blocks in (1, 2)}
   assert streams[1].shape == (8, 32, 16)
   assert float(abs(streams[1] - streams[2]).max()) > 0.1
   real = batch.segment_BL > 0

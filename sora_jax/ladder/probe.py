@@ -1,8 +1,8 @@
 """python -m sora_jax.scaling_laws probe --workdir=RUN: what a linear layer reads off frozen features.
 
 Clips of synthetic shapes, noised a little and without their captions, go through the trained network up to a
-middle block; a linear layer learns colour, shape and direction from what comes out, averaged over halves of
-the time. Beside it stand the same network with random weights, and the raw pixels. The digest of the weights
+middle block; a linear layer learns colour, shape and direction from the mean of what comes out over halves of
+the time and its maximum. Beside it stand the same network with random weights, and the raw pixels. The digest of the weights
 is taken before and after. With --csv=DIR/results.csv instead: ability by compute, a dot for each run.
 """
 
@@ -127,7 +127,7 @@ def pack(run: TrainedRun, videos: Sequence[np.ndarray], fps: Sequence[float]) ->
 def embed(
   run: TrainedRun, model: nnx.Module, batches: Sequence[TokenBatch], *, blocks: int, noise_level: float
 ) -> np.ndarray:
-  """(clips, HALVES * D): the tokens after `blocks` blocks, averaged over each half of a clip's time."""
+  """(clips, (HALVES + 1) * D): tokens after `blocks` blocks, their mean over halves of the time and maximum."""
   graphdef, state = nnx.split(truncated(model, blocks))
   with jax.set_mesh(run.mesh):
     found = [jax.device_get(_embed(graphdef, state, run.diffusion, noise_level, batch)) for batch in batches]
@@ -150,7 +150,7 @@ def truncated(model: nnx.Module, blocks: int) -> nnx.Module:
 
 @jax.jit(static_argnums=(0, 2, 3))
 def _embed(graphdef, state, diffusion, noise_level: float, batch: TokenBatch) -> Array:
-  """(B, HALVES * D)."""
+  """(B, (HALVES + 1) * D)."""
   model = nnx.merge(graphdef, state)
   keys = text_to_video.sample_keys(jax.random.key(0), batch.sample_id_BN)
   noise = text_to_video.token_noise(batch, keys)
@@ -161,7 +161,10 @@ def _embed(graphdef, state, diffusion, noise_level: float, batch: TokenBatch) ->
   place = batch.position_BL3[..., 0] * HALVES // jnp.maximum(batch.grid_BN3[:, :1, 0], 1)
   share_BLH = layers.slot_one_hot(place.astype(jnp.int32), HALVES) * (batch.segment_BL == 1)[..., None]
   total = jnp.einsum("blh,bld->bhd", share_BLH, x_BLD)
-  return (total / jnp.maximum(share_BLH.sum(1), 1)[..., None]).reshape(len(total), -1)
+  mean = (total / jnp.maximum(share_BLH.sum(1), 1)[..., None]).reshape(len(total), -1)
+  # A shape fills a few tokens of many: the mean alone dilutes what they say.
+  most = jnp.where((batch.segment_BL == 1)[..., None], x_BLD, -jnp.inf).max(axis=1)
+  return jnp.concatenate([mean, jnp.where(jnp.isfinite(most), most, 0)], axis=-1)
 
 
 def random_weights(model: nnx.Module, seed: int) -> nnx.Module:

@@ -158,7 +158,8 @@ def launch(plan: Plan, todo: list[Place]) -> int:
     values = {
       "name": place.run.name.lower().replace("_", "-").replace(".", "-"),
       "config": config.split("=", 1)[1],
-      "workdir": str(place.workdir),
+      # As given: a Path would make gs:/ of gs://.
+      "workdir": f"{FLAGS.runs_dir.rstrip('/')}/{place.run.name}" if FLAGS.runs_dir else str(place.workdir),
       "flags": shlex.join(rest),
     }
     try:

@@ -164,6 +164,7 @@ def _law_cuts(runs: Table, fitted: Fit) -> Iterator:
   """At the budgets of the data where they share some, else spread over the compute seen."""
   k = report.flops_per_param_token(runs)
   groups = [rows for rows in budgets(runs.compute) if len(rows) >= 3]
+  groups = [rows for rows in groups if table.is_one_budget(runs.compute[rows])]
   if not 2 <= len(groups) <= MAX_CURVES:
     edges = np.linspace(*np.log(_span(runs.compute)), 7)
     # Only runs near the middle of a slice lie near its curve.

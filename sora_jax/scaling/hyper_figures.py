@@ -11,6 +11,7 @@ from sora_jax.scaling import bootstrap, canvas
 from sora_jax.scaling.canvas import LINE, Data
 from sora_jax.scaling.hyper import HyperFit
 
+MOST_NAMED = 8  # curves in a legend
 NAMES = {"batch": "tokens a step", "lr": "learning rate"}
 
 
@@ -36,7 +37,8 @@ def sweeps(fitted: HyperFit) -> tuple[Figure, Data]:
     data.add(f"best of {name}", np.array([cell.best]), cell.curve(np.array([cell.best])))
   axes.set(xscale="log", yscale="log", xlabel=NAMES[fitted.law], ylabel="loss")
   canvas.plain_y(axes)
-  axes.legend(frameon=False, fontsize=6)
+  if len(fitted.cells) <= MOST_NAMED:
+    axes.legend(frameon=False, fontsize=6)
   return figure, data
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 COLUMNS = ("params", "tokens", "compute", "loss")
+MOST_SPREAD = 1.4  # of compute within a budget
 SETTINGS = ("batch", "lr")  # tokens a step, learning rate: read only where a law asks for them
 FLOPS_PER_PARAM_TOKEN = 6.0  # forward and backward of a dense network; used only where a column is missing
 
@@ -102,6 +103,11 @@ def budgets(compute: np.ndarray, *, tolerance: float = 0.1) -> list[np.ndarray]:
   order = np.argsort(compute, kind="stable")
   gaps = np.diff(np.log(compute[order])) > math.log1p(tolerance)
   return np.split(order, np.flatnonzero(gaps) + 1)
+
+
+def is_one_budget(compute: np.ndarray) -> bool:
+  """Whether the runs of a group really share a budget: close neighbours may form a chain without end."""
+  return float(compute.max() / compute.min()) < MOST_SPREAD
 
 
 def write(path: str | Path, columns: dict[str, Sequence]) -> None:
