@@ -99,10 +99,11 @@ class RowLoader:
 
   def load(self, row: PlannedRow) -> TokenBatch:
     self.cache.enter(row.phase)
-    samples = [s for p in self._planned(row) if (s := self._sample(p)) is not None]
+    samples = [s for p in self.planned(row) if (s := self._sample(p)) is not None]
     return pack_row(samples, self.spec, unreadable=len(row.ids) - len(samples))
 
-  def _planned(self, row: PlannedRow) -> Iterator[Planned]:
+  def planned(self, row: PlannedRow) -> Iterator[Planned]:
+    """The samples of a row; nothing is read."""
     fitted = self.fitted
     for epoch, n, variant in zip(row.epochs, row.ids, row.variants):
       kind = fitted.kinds[n]
@@ -132,7 +133,7 @@ class RowLoader:
       tokens_LC=tokens.astype(np.float32) if self.config.latents else to_float(tokens),
       grid=grid,
       sample_id=info.id,
-      text_ids=self.tokenize(self._caption(info, p.epoch)),
+      text_ids=self.tokenize(self.caption(info, p.epoch)),
       fps=spec.fps,
       label=info.label,
       given_L=self._given(info.id, p.epoch, grid),
@@ -189,7 +190,7 @@ class RowLoader:
       return 0
     return int(self._draw(_START, p.epoch, p.info.id) * (spare + 1))
 
-  def _caption(self, info: SampleInfo, epoch: int) -> str:
+  def caption(self, info: SampleInfo, epoch: int) -> str:
     """The first one of held-out samples; else drawn by `caption_weights` among those that are not empty."""
     captions = [c for c in info.captions if c] if not self.config.caption_weights else info.captions
     if not any(captions):

@@ -176,6 +176,13 @@ class Pipeline:
       batches.append(stack_rows(loaded))
     return batches
 
+  def planned_samples(self, step: int) -> list[list[tuple[ClipSpec, str]]]:
+    """(size, caption) of the samples of each row of a step; nothing is read."""
+    rows = self.plan.rows_of_step(step)
+    return [
+      [(p.spec, self.loader.caption(p.info, p.epoch)) for p in self.loader.planned(row)] for row in rows
+    ]
+
   def fingerprint(self) -> str:
     """Of all that decides which batch comes at which step."""
     c, fitted = self.config, self.fitted

@@ -1,7 +1,12 @@
-"""python -m sora_jax.scaling_laws fit|plot --csv=FILE --law=LAW: scaling laws of runs in a table.
+"""python -m sora_jax.scaling_laws COMMAND: scaling laws, from one command to the curve.
 
-fit prints the law's letters with their bootstrap intervals and writes them to --json; plot writes figures
-(PNG, PDF, SVG) to --output, the data beside each as CSV.
+plan --config=FILE.py --sizes=... --budgets=... --output=DIR    a ladder of runs and what it costs
+run --plan=DIR/plan.json                                        trains and measures it; again: resumes
+fit --csv=DIR/results.csv --law=LAW [--json=FILE]               the law's letters with their intervals
+plot --csv=DIR/results.csv --law=LAW --output=DIR               figures, the data beside each as CSV
+compare --plan=DIR/plan.json --output=DIR                       samples at 1x, 4x, 32x compute
+probe --workdir=RUN                                             what a frozen model's features know
+measure --workdir=RUN                                           loss and accuracy of one finished run
 """
 
 import json
@@ -9,30 +14,49 @@ import sys
 from pathlib import Path
 
 from absl import flags
+from ml_collections import config_flags
 
 from sora_jax import cli
-from sora_jax.scaling import bootstrap, figures, report, table
+from sora_jax.ladder import compare, measure, probe
+from sora_jax.ladder import plan as plan_command
+from sora_jax.ladder import run as run_command
+from sora_jax.scaling import bootstrap, figures, hyper, report, table
 from sora_jax.scaling.table import Table
 
 FLAGS = flags.FLAGS
-COMMANDS = ("fit", "plot")
-PLANNED = ("plan", "run", "compare", "probe")
+COMMANDS = {
+  "plan": plan_command.main,
+  "run": run_command.main,
+  "measure": measure.main,
+  "fit": lambda: fit_or_plot("fit"),
+  "plot": lambda: fit_or_plot("plot"),
+  "compare": compare.main,
+  "probe": probe.main,
+}
 
 
 def define_flags() -> None:
+  config_flags.DEFINE_config_file("config", None, "plan: FILE.py or FILE.py:PRESET that all runs share.")
+  for command in (plan_command, run_command, measure, compare, probe):
+    command.define_flags()
   flags.DEFINE_string("csv", None, "Table of runs: columns params, tokens, compute, loss as the law needs.")
   flags.DEFINE_string("law", None, f"One of {', '.join(report.NAMES)}.")
   flags.DEFINE_string("json", None, "fit: where to write the result.")
-  flags.DEFINE_string("output", None, "plot: folder for the figures.")
+  flags.DEFINE_string("output", None, "plan, plot, compare, probe: folder for what is written.")
   flags.DEFINE_bool("frontier", False, "Take only runs that none of as little compute beats.")
   flags.DEFINE_integer("bootstrap", 500, "Replicas behind the intervals; 0: none.", lower_bound=0)
-  flags.DEFINE_integer("seed", 0, "Of the bootstrap.")
+  flags.DEFINE_integer("seed", 0, "Of the bootstrap, of scenes and of sampling noise.")
   flags.DEFINE_float("extrapolate", 10.0, "plot: draw up to this multiple of compute.", lower_bound=1.0)
 
 
 def main(command: str) -> int:
   if command not in COMMANDS:
-    raise ValueError(_unknown(command))
+    what = f"no such command {command!r}" if command else "a command is missing"
+    raise ValueError(f"{what}; there are: {', '.join(COMMANDS)}")
+  return COMMANDS[command]()
+
+
+def fit_or_plot(command: str) -> int:
   missing = [name for name in ("csv", "law") if not getattr(FLAGS, name)]
   if command == "plot" and not FLAGS.output:
     missing.append("output")
@@ -61,7 +85,7 @@ def main(command: str) -> int:
 
 
 def load(path: str, law: str, *, frontier: bool = False) -> Table:
-  runs = table.read(path)
+  runs = table.read(path, settings=(law,) if law in hyper.LAWS else ())
   table.require(runs, report.COLUMNS[law], law=law, path=path)
   if not frontier:
     return runs
@@ -87,11 +111,6 @@ def describe(result: dict) -> str:
     shown = f"{error:.2%}" if isinstance(error, float) else error
     lines.append(f"  held-out error of {law}: {shown}")
   return "\n".join([*lines, *(f"  note: {note}" for note in result["notes"])])
-
-
-def _unknown(command: str) -> str:
-  what = f"{command!r} is not there yet" if command in PLANNED else f"no such command {command!r}"
-  return f"{what if command else 'a command is missing'}; there are: {', '.join(COMMANDS)}"
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ SET_ELSEWHERE = {"train": {"seed"}}  # config.seed
 FOLDER = Path(__file__).parent.parent / "configs"
 PRESETS = {
   "quickstart.py": ("", "own_data", "debug"),
+  "scaling.py": ("", "debug"),
   **{f"t2v_{size}.py": ("", "debug") for size in ("700m", "5b")},
   "t2v_30b.py": ("", "two_slices", "debug"),
 }

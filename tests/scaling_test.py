@@ -199,6 +199,15 @@ def test_largest_run_held_out_and_laws_compared():
   assert report.held_out("isoflop", isoflop_runs(noise=0.001))["relative_error"] < 0.1
 
 
+def test_a_chain_of_computes_is_no_budget():
+  runs = isoflop_runs()
+  chain = runs.compute[0] * 1.09 ** np.arange(1, 9)
+  more = table.complete(Table(loss=runs.loss[:8], params=runs.params[:8], compute=chain))
+  join = lambda key: np.concatenate([getattr(runs, key), getattr(more, key)])  # noqa: E731
+  found = isoflop.parabolas(Table(**{key: join(key) for key in table.COLUMNS}))
+  assert len(found.optima.compute) == 5 and "16 runs whose computes run into each other" in found.notes[0]
+
+
 def test_frontier():
   runs = Table(loss=np.array([3.0, 2.0, 2.5, 1.0]), compute=np.array([1.0, 2.0, 3.0, 4.0]))
   assert table.frontier(runs).loss.tolist() == [3, 2, 1]
@@ -297,5 +306,6 @@ def test_the_main(tmp_path):
   result = json.loads((tmp_path / "fit.json").read_text())
   assert result["intervals"]["b"][0] < result["b"] < result["intervals"]["b"][1]
   assert max(off(result, POWER).values()) < 0.05
-  done = command("probe")
-  assert done.returncode == 2 and done.stderr == "error: 'probe' is not there yet; there are: fit, plot\n"
+  done = command("prune")
+  commands = "plan, run, measure, fit, plot, compare, probe"
+  assert done.returncode == 2 and done.stderr == f"error: no such command 'prune'; there are: {commands}\n"

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 
@@ -83,3 +84,12 @@ def drop_captions(batch: TokenBatch, drop_BN: Array) -> TokenBatch:
   one_hot = layers.slot_one_hot(batch.text_segment_BM, drop_BN.shape[1] + 1)[..., 1:]
   drop_BM = jnp.einsum("bmn,bn->bm", one_hot, drop_BN.astype(jnp.float32)) > 0
   return dataclasses.replace(batch, text_ids_BM=jnp.where(drop_BM, NULL_ID, batch.text_ids_BM))
+
+
+def model_flops(config: TextConfig, batch: TokenBatch) -> np.ndarray:
+  """As models/dit.model_flops: [B], forward and backward pass of the encoder, from the real segments."""
+  D, segment_BM = config.width, np.asarray(batch.text_segment_BM)
+  samples = np.arange(1, np.shape(batch.grid_BN3)[1] + 1)
+  lengths_BN = (segment_BM[:, None, :] == samples[:, None]).sum(-1).astype(np.float64)
+  linear = 2.0 * lengths_BN.sum(-1) * 12 * D * D
+  return 3 * config.depth * (linear + 4.0 * D * (lengths_BN**2).sum(-1))

@@ -175,7 +175,7 @@ def model_flops(config: DiTConfig, batch: TokenBatch, *, channels: int, text_dim
 
   Those of `linear_flops`, and 4 D sum(l_q l_k) for the two products of attention.
   """
-  lengths = np.prod(np.asarray(batch.grid_BN3, np.float64), axis=-1)
+  lengths = _lengths(batch)
   segment = np.arange(1, lengths.shape[1] + 1)
   text_lengths = (np.asarray(batch.text_segment_BM)[:, None, :] == segment[:, None]).sum(-1)
   linear = linear_flops(
@@ -188,6 +188,15 @@ def model_flops(config: DiTConfig, batch: TokenBatch, *, channels: int, text_dim
   )
   pairs = (lengths**2).sum(-1) + (lengths * text_lengths).sum(-1)
   return 3 * (linear + 4.0 * config.width * config.depth * pairs)
+
+
+def _lengths(batch: TokenBatch) -> np.ndarray:
+  """[B, N] tokens of every sample: those there are, for some may be dropped; of a plan, all of its grid."""
+  grid_BN3 = np.asarray(batch.grid_BN3, np.float64)
+  if batch.segment_BL is None or len(batch.segment_BL) != len(grid_BN3):
+    return np.prod(grid_BN3, axis=-1)
+  slots = grid_BN3.shape[1] + 1
+  return np.stack([np.bincount(row, minlength=slots)[1:] for row in np.asarray(batch.segment_BL)]) * 1.0
 
 
 def linear_flops(config: DiTConfig, *, tokens, text_tokens, samples, channels: int, text_dim: int):

@@ -6,71 +6,34 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from sora_jax.scaling import bootstrap, report, table
+from sora_jax.scaling import bootstrap, canvas, hyper, hyper_figures, report, table
+from sora_jax.scaling.canvas import GUESS, LINE, Data
+from sora_jax.scaling.hyper import HyperFit
 from sora_jax.scaling.isoflop import Result
 from sora_jax.scaling.laws import Fit
 from sora_jax.scaling.report import Optimum
 from sora_jax.scaling.table import Table, budgets
 
-SUFFIXES = ("png", "pdf", "svg")
-STYLE = {
-  "font.size": 9,
-  "axes.labelsize": 9,
-  "legend.fontsize": 8,
-  "axes.spines.top": False,
-  "axes.spines.right": False,
-  "axes.grid": True,
-  "grid.alpha": 0.25,
-  "lines.linewidth": 1.4,
-  "pdf.fonttype": 42,  # editable text
-  "svg.fonttype": "none",
-  "svg.hashsalt": "scaling",  # the same file from the same data
-}
-WIDTH, HEIGHT = 4.6, 3.3
-LINE, GUESS = "#c0392b", "#2c5f8a"
 NUM_POINTS = 120
 MAX_CURVES = 10  # IsoFLOP curves shown of a parametric law
 
 
-class Data:
-  """What a figure shows, as long rows: series, x, y and where there is one the interval."""
-
-  def __init__(self):
-    self.columns: dict[str, list] = {name: [] for name in ("series", "x", "y", "low", "high")}
-
-  def add(self, series: str, x: np.ndarray, y: np.ndarray, low=None, high=None) -> None:
-    blank = [""] * len(x)
-    ends = (blank if low is None else low, blank if high is None else high)
-    for name, values in zip(self.columns, ([series] * len(x), x, y, *ends)):
-      self.columns[name] += [v if isinstance(v, str) else repr(float(v)) for v in values]
-
-
 def write(
-  law: str, runs: Table, fitted: Fit | Result, folder: str | Path, *, extrapolate: float = 10.0
+  law: str, runs: Table, fitted: Fit | Result | HyperFit, folder: str | Path, *, extrapolate: float = 10.0
 ) -> list[Path]:
   """Paths of all files written."""
-  folder = Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  paths = []
-  with matplotlib.rc_context(STYLE):
-    for name, figure, data in draw(law, runs, fitted, extrapolate=extrapolate):
-      for suffix in SUFFIXES:
-        paths.append(folder / f"{name}.{suffix}")
-        dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}[suffix]
-        figure.savefig(paths[-1], dpi=200, metadata=dated)
-      paths.append(folder / f"{name}.csv")
-      table.write(paths[-1], data.columns)
-  return paths
+  return canvas.save(draw(law, runs, fitted, extrapolate=extrapolate), folder)
 
 
-def draw(law: str, runs: Table, fitted: Fit | Result, *, extrapolate: float) -> Iterator:
+def draw(law: str, runs: Table, fitted: Fit | Result | HyperFit, *, extrapolate: float) -> Iterator:
   """(name, figure, data) of each figure that the law allows."""
+  if law in hyper.LAWS:
+    yield from hyper_figures.draw(fitted, extrapolate=extrapolate)
+    return
   if runs.compute is not None:
     yield "loss_compute", *loss_compute(law, runs, fitted, extrapolate=extrapolate)
   if law in ("chinchilla", "isoflop"):
@@ -82,7 +45,7 @@ def draw(law: str, runs: Table, fitted: Fit | Result, *, extrapolate: float) -> 
 
 
 def loss_compute(law: str, runs: Table, fitted: Fit | Result, *, extrapolate: float) -> tuple[Figure, Data]:
-  figure, axes = _figure()
+  figure, axes = canvas.figure()
   data = Data()
   _runs(figure, axes, runs, runs.loss)
   data.add("runs", runs.compute, runs.loss)
@@ -111,14 +74,14 @@ def loss_compute(law: str, runs: Table, fitted: Fit | Result, *, extrapolate: fl
     if law != "chinchilla":
       _letters(axes, fitted)
   axes.set(xscale="log", yscale="log", xlabel="compute", ylabel="loss")
-  _plain_y(axes)
+  canvas.plain_y(axes)
   axes.legend(frameon=False, loc="upper right")
   return figure, data
 
 
 def isoflop_curves(runs: Table, fitted: Fit | Result) -> tuple[Figure, Data]:
   """Loss by size at equal compute: parabolas, or cuts of the parametric law."""
-  figure, axes = _figure()
+  figure, axes = canvas.figure()
   data = Data()
   cuts = list(_parabola_cuts(runs, fitted) if isinstance(fitted, Result) else _law_cuts(runs, fitted))
   norm = LogNorm(*_span(np.array([compute for compute, *_ in cuts])))
@@ -135,7 +98,7 @@ def isoflop_curves(runs: Table, fitted: Fit | Result) -> tuple[Figure, Data]:
   data.add("minima", *minima)
   axes.set(xscale="log", yscale="log", xlabel="parameters (labels: compute)", ylabel="loss")
   axes.margins(x=0.12)
-  _plain_y(axes)
+  canvas.plain_y(axes)
   axes.legend(frameon=False, loc="upper right")
   return figure, data
 
@@ -145,7 +108,7 @@ SMALL = {"fontsize": 6.5, "va": "center"}
 
 def optimal(runs: Table, fitted: Fit | Result, *, extrapolate: float) -> tuple[Figure, Data]:
   """Best size and tokens by compute."""
-  figure, panels = _figure(columns=2)
+  figure, panels = canvas.figure(columns=2)
   data = Data()
   lines: Optimum = report.optimum(fitted, runs)
   grid = _grid(np.array(lines.compute_range), extrapolate)
@@ -172,7 +135,7 @@ def optimal(runs: Table, fitted: Fit | Result, *, extrapolate: float) -> tuple[F
 
 def residuals(runs: Table, fitted: Fit | Result) -> tuple[Figure, Data]:
   """How far each run lies from the fit, relative to its loss."""
-  figure, axes = _figure()
+  figure, axes = canvas.figure()
   data = Data()
   if isinstance(fitted, Result):
     runs, missed = runs.rows(fitted.rows), np.expm1(fitted.residuals)
@@ -201,6 +164,7 @@ def _law_cuts(runs: Table, fitted: Fit) -> Iterator:
   """At the budgets of the data where they share some, else spread over the compute seen."""
   k = report.flops_per_param_token(runs)
   groups = [rows for rows in budgets(runs.compute) if len(rows) >= 3]
+  groups = [rows for rows in groups if table.is_one_budget(runs.compute[rows])]
   if not 2 <= len(groups) <= MAX_CURVES:
     edges = np.linspace(*np.log(_span(runs.compute)), 7)
     # Only runs near the middle of a slice lie near its curve.
@@ -234,12 +198,6 @@ def _best_loss_ends(fitted: Fit, runs: Table, grid: np.ndarray) -> tuple[np.ndar
   return bootstrap.interval(loss)
 
 
-def _figure(columns: int = 1):
-  figure = Figure(figsize=(WIDTH if columns == 1 else 7.2, HEIGHT), layout="constrained")
-  FigureCanvasAgg(figure)
-  return figure, figure.subplots(1, columns)
-
-
 def _runs(figure: Figure, axes: Axes, runs: Table, values: np.ndarray) -> None:
   """Runs as points, coloured by size where it is known."""
   if runs.params is None or np.ptp(runs.params) == 0:
@@ -271,19 +229,6 @@ def _letters(axes: Axes, fitted: Fit) -> None:
 def _between(samples: np.ndarray) -> str:
   low, high = bootstrap.interval(samples)
   return f"[{low:.3f}, {high:.3f}]"
-
-
-def _plain_y(axes: Axes) -> None:
-  """Losses span less than a decade: plain numbers at more places than the powers of ten."""
-  low, high = axes.get_ylim()
-  ratio = high / low
-  spacing = next(
-    step for most, step in ((1.25, 0.05), (1.5, 0.1), (2.2, 0.2), (8.0, 0.5), (np.inf, 0)) if ratio <= most
-  )
-  subs = tuple(np.arange(1, 10, spacing)) if spacing else (1.0, 2.0, 5.0)
-  axes.yaxis.set_major_locator(LogLocator(10, subs=subs, numticks=8))
-  axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
-  axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _grid(compute: np.ndarray, extrapolate: float) -> np.ndarray:

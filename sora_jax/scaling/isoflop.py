@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 
 from sora_jax.scaling import bootstrap
-from sora_jax.scaling.table import Table, budgets
+from sora_jax.scaling.table import Table, budgets, is_one_budget
 
 LETTERS = ("k_N", "a", "k_D", "b")
 MIN_BUDGETS, MIN_SIZES = 3, 4
@@ -170,6 +170,8 @@ def _lowest(grid, lines, tokens, sizes, chosen) -> Optima | None:
 def _usable(table: Table) -> tuple[list[Parabola], list[str]]:
   """Parabolas with a minimum among their sizes, and why others are left out."""
   groups = budgets(table.compute)
+  chained = [rows for rows in groups if not is_one_budget(table.compute[rows])]
+  groups = [rows for rows in groups if is_one_budget(table.compute[rows])]
   large = [rows for rows in groups if len(np.unique(table.params[rows])) >= MIN_SIZES]
   if len(large) < MIN_BUDGETS:
     raise ValueError(
@@ -177,6 +179,9 @@ def _usable(table: Table) -> tuple[list[Parabola], list[str]]:
       f"there are {len(large)} (of {len(groups)} budgets)"
     )
   fitted, notes = [], []
+  if chained:
+    count = sum(map(len, chained))
+    notes.append(f"{count} runs whose computes run into each other share no budget: left out")
   if len(large) < len(groups):
     few = len(groups) - len(large)
     notes.append(f"{few} budgets with fewer than {MIN_SIZES} sizes were left out")

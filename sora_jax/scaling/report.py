@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from sora_jax.scaling import bootstrap, isoflop, laws
+from sora_jax.scaling import bootstrap, hyper, isoflop, laws
+from sora_jax.scaling.hyper import HyperFit
 from sora_jax.scaling.isoflop import Optima, Result
 from sora_jax.scaling.laws import LAWS, Fit
 from sora_jax.scaling.table import FLOPS_PER_PARAM_TOKEN, Table, budgets
@@ -12,12 +13,15 @@ from sora_jax.scaling.table import FLOPS_PER_PARAM_TOKEN, Table, budgets
 FORMS = {law.name: law.form for law in LAWS.values()} | {
   "isoflop": "N_opt = k_N C^a, D_opt = k_D C^b, from the minima of parabolas at equal compute",
   "envelope": "N_opt = k_N C^a, D_opt = k_D C^b, from the envelope of training curves",
+  "batch": "B_opt = k T^a N^b, T tokens, N parameters",
+  "lr": "lr_opt = k T^a N^b, T tokens, N parameters",
 }
 NAMES = tuple(FORMS)
 OPTIMUM_COLUMNS = ("params", "tokens", "compute")
 COLUMNS = {law.name: law.columns for law in LAWS.values()} | dict.fromkeys(
   ("isoflop", "envelope"), OPTIMUM_COLUMNS
 )
+COLUMNS |= {law: ("params", "tokens", law) for law in hyper.LAWS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +43,10 @@ class Optimum:
     return value, *(np.exp(end) for end in bootstrap.interval(drawn))
 
 
-def fit(law: str, table: Table, *, num: int = 0, seed: int = 0) -> Fit | Result:
+def fit(law: str, table: Table, *, num: int = 0, seed: int = 0) -> Fit | Result | HyperFit:
   """The law fitted, with `num` replicas."""
+  if law in hyper.LAWS:
+    return hyper.fit(law, table, num=num, seed=seed)
   if law in LAWS:
     fitted = laws.fit(LAWS[law], table)
     return bootstrap.of(fitted, num=num, seed=seed) if num else fitted
@@ -81,6 +87,8 @@ def _lines(letters: dict, k: float) -> dict:
 
 def held_out(law: str, table: Table) -> dict:
   """The law fitted without the largest run, and how far it misses that run."""
+  if law in hyper.LAWS:
+    return hyper.held_out(law, table)
   if law in LAWS:
     largest = table.rows(np.array([int(np.argmax(table.compute))]))
     rest = table.rows(table.compute < largest.compute[0])
@@ -114,7 +122,7 @@ def compare(table: Table) -> dict[str, float | str]:
   return result
 
 
-def summary(law: str, table: Table, fitted: Fit | Result, *, num: int, seed: int) -> dict:
+def summary(law: str, table: Table, fitted: Fit | Result | HyperFit, *, num: int, seed: int) -> dict:
   """What `fit` writes: the letters at the top level, their intervals beside."""
   samples = fitted.sampled_letters() if num else {}
   ends = {letter: bootstrap.interval(values) for letter, values in samples.items()}
@@ -145,6 +153,8 @@ def summary(law: str, table: Table, fitted: Fit | Result, *, num: int, seed: int
       dict(zip(("compute", "params", "tokens", "loss"), map(float, row)))
       for row in zip(optima.compute, optima.params, optima.tokens, optima.loss)
     ]
+  if isinstance(fitted, HyperFit):
+    result["optima"] = [{"params": c.params, "tokens": c.tokens, law: c.best} for c in fitted.cells]
   result["notes"] = notes
   return result
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 
 COLUMNS = ("params", "tokens", "compute", "loss")
+MOST_SPREAD = 1.4  # of compute within a budget
+SETTINGS = ("batch", "lr")  # tokens a step, learning rate: read only where a law asks for them
 FLOPS_PER_PARAM_TOKEN = 6.0  # forward and backward of a dense network; used only where a column is missing
 
 
@@ -20,34 +22,38 @@ class Table:
   compute: np.ndarray | None = None
   params: np.ndarray | None = None
   tokens: np.ndarray | None = None
+  batch: np.ndarray | None = None
+  lr: np.ndarray | None = None
 
   def __len__(self) -> int:
     return len(self.loss)
 
   def rows(self, index: np.ndarray) -> "Table":
     """The rows that `index` (mask or numbers) names."""
-    return Table(**{c: None if (v := getattr(self, c)) is None else v[index] for c in ("loss", *COLUMNS[:3])})
+    columns = (*COLUMNS, *SETTINGS)
+    return Table(**{c: None if (v := getattr(self, c)) is None else v[index] for c in columns})
 
   def has(self, columns: Sequence[str]) -> bool:
     return all(getattr(self, column) is not None for column in columns)
 
 
-def read(path: str | Path) -> Table:
-  """Every column of COLUMNS that the file has; other columns are left alone."""
+def read(path: str | Path, settings: Sequence[str] = ()) -> Table:
+  """Every column of COLUMNS and `settings` that the file has; other columns are left alone."""
+  wanted = (*COLUMNS, *settings)
   with open(path, newline="", encoding="utf-8-sig") as file:
     try:
       lines = list(csv.reader(file))
     except (csv.Error, UnicodeDecodeError) as error:
       raise ValueError(f"{path}: not a CSV file ({error})") from None
   if not lines:
-    raise ValueError(f"{path}: empty file; it needs a header line with {', '.join(COLUMNS)}")
+    raise ValueError(f"{path}: empty file; it needs a header line with {', '.join(wanted)}")
   header = [cell.strip().lower() for cell in lines[0]]
-  twice = [column for column in COLUMNS if header.count(column) > 1]
+  twice = [column for column in wanted if header.count(column) > 1]
   if twice:
     raise ValueError(f"{path}: the column {twice[0]} appears twice in the header")
-  if "loss" not in header:
+  if "loss" not in header and not settings:
     raise ValueError(f"{path}: no column loss; its header is {', '.join(header)}")
-  places = {column: header.index(column) for column in COLUMNS if column in header}
+  places = {column: header.index(column) for column in wanted if column in header}
   values: dict[tuple[float, ...], int] = {}
   for number, line in enumerate(lines[1:], 2):
     if not any(cell.strip() for cell in line):
@@ -59,7 +65,9 @@ def read(path: str | Path) -> Table:
   if not values:
     raise ValueError(f"{path}: a header and no rows")
   columns = np.array(list(values), np.float64).T
-  return complete(Table(**dict(zip(places, columns))))
+  found = dict(zip(places, columns))
+  # A table of best settings needs no losses.
+  return complete(Table(**{"loss": np.ones(columns.shape[1])} | found))
 
 
 def complete(table: Table) -> Table:
@@ -95,6 +103,11 @@ def budgets(compute: np.ndarray, *, tolerance: float = 0.1) -> list[np.ndarray]:
   order = np.argsort(compute, kind="stable")
   gaps = np.diff(np.log(compute[order])) > math.log1p(tolerance)
   return np.split(order, np.flatnonzero(gaps) + 1)
+
+
+def is_one_budget(compute: np.ndarray) -> bool:
+  """Whether the runs of a group really share a budget: close neighbours may form a chain without end."""
+  return float(compute.max() / compute.min()) < MOST_SPREAD
 
 
 def write(path: str | Path, columns: dict[str, Sequence]) -> None:

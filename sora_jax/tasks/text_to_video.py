@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from sora_jax.conditioning import text
@@ -40,9 +41,15 @@ def build(
     init=lambda rngs: TextToVideo(model, text_config, channels=channels, rngs=rngs),
     loss_fn=functools.partial(loss, diffusion),
     eval_fn=functools.partial(held_out_loss, diffusion),
-    flops_fn=functools.partial(dit.model_flops, model, channels=channels, text_dim=text_config.width),
+    flops_fn=functools.partial(model_flops, model, text_config, channels),
     batch_spec=batch_spec,
   )
+
+
+def model_flops(model: DiTConfig, text_config: TextConfig, channels: int, batch: TokenBatch) -> np.ndarray:
+  """[B], forward and backward pass of denoiser and text encoder, from the real segments."""
+  denoiser = dit.model_flops(model, batch, channels=channels, text_dim=text_config.width)
+  return denoiser + text.model_flops(text_config, batch)
 
 
 def sample_keys(key: Array, sample_id_BN: Array) -> Array:

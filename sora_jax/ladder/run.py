@@ -1,0 +1,196 @@
+"""python -m sora_jax.scaling_laws run: trains and measures the runs of a plan, one after another.
+
+The same command again goes on where it was stopped: finished runs are skipped, a run that was killed resumes
+from its checkpoint. With --launcher the commands of a cluster are printed, or run with --submit.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from absl import flags
+
+from sora_jax import cli
+from sora_jax.ladder import measure
+from sora_jax.ladder.plan import cpu_seconds, say
+from sora_jax.scaling import ladder, table
+from sora_jax.scaling.ladder import Plan, Run
+from sora_jax.trained import TOKENIZER
+
+FLAGS = flags.FLAGS
+RESULTS, LOG, TIMES = "results.csv", "log.txt", "times.jsonl"
+PLACES = ("name", "config", "workdir", "flags")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def define_flags() -> None:
+  flags.DEFINE_string("plan", None, "run, compare: the plan.json of a ladder.")
+  flags.DEFINE_string("runs_dir", None, "run, compare: where the runs go. Default: the plan's folder.")
+  flags.DEFINE_string(
+    "launcher", None, "run: a command with {name}, {config}, {workdir}, {flags}: one job a run."
+  )
+  flags.DEFINE_bool("submit", False, "run --launcher: start the jobs, not only print them.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """A run and where it lies."""
+
+  run: Run
+  workdir: Path
+
+  def measured(self) -> dict | None:
+    """Its measurements, if those of all its steps."""
+    found = measure.load(self.workdir)
+    return found if found and found["steps"] == self.run.steps else None
+
+
+def places(plan_file: str, runs_dir: str | None) -> tuple[Plan, list[Place]]:
+  plan = ladder.read(plan_file)
+  folder = Path(runs_dir or Path(plan_file).parent)
+  return plan, [Place(run, folder / run.name) for run in plan.runs]
+
+
+def main() -> int:
+  if not FLAGS.plan:
+    raise ValueError("--plan is missing: the plan.json that `plan` wrote")
+  plan, todo = places(FLAGS.plan, FLAGS.runs_dir)
+  if FLAGS.launcher:
+    return launch(plan, todo)
+  began, failed = time.monotonic(), []
+  for number, place in enumerate(todo, 1):
+    if place.measured():
+      say(f"[{number}/{len(todo)}] {place.run.name}: done before")
+      continue
+    say(
+      f"[{number}/{len(todo)}] {place.run.name}: {place.run.steps:,} steps, about {place.run.seconds:.0f} s"
+    )
+    code = work(plan, place)
+    if code in (cli.PREEMPTED, -signal.SIGINT, -signal.SIGTERM):
+      say(f"stopped in {place.run.name}; the same command goes on there")
+      return cli.PREEMPTED
+    if code:
+      failed.append(place.run.name)
+      say(f"{place.run.name}: exit code {code}; see {place.workdir / LOG}")
+    gather(todo)
+  path, count = gather(todo)
+  say(f"{count} of {len(todo)} runs in {(time.monotonic() - began) / 60:.1f} min, {cpu_seconds():.0f} CPU s")
+  print(path)
+  if failed:
+    raise ValueError(f"{len(failed)} runs failed: {', '.join(failed)}; see {LOG} in their folders")
+  return 0
+
+
+def work(plan: Plan, place: Place) -> int:
+  """Trains and measures one run in processes of their own; what they say goes to its log."""
+  place.workdir.mkdir(parents=True, exist_ok=True)
+  _same_vocabulary(place)
+  commands = {
+    "train": ["sora_jax.train", *plan.flags(place.run)],
+    "measure": [
+      "sora_jax.scaling_laws",
+      "measure",
+      f"--num_samples={FLAGS.num_samples}",
+      f"--seed={FLAGS.seed}",
+    ],
+  }
+  for what, command in commands.items():
+    began, cpu = time.monotonic(), cpu_seconds()
+    code = _call([sys.executable, "-m", *command, f"--workdir={place.workdir}"], place.workdir / LOG)
+    spent = {
+      "what": what,
+      "seconds": round(time.monotonic() - began, 1),
+      "cpu_s": round(cpu_seconds() - cpu, 1),
+    }
+    with (place.workdir / TIMES).open("a", encoding="utf-8") as file:
+      file.write(json.dumps(spent | {"code": code}) + "\n")
+    if code:
+      return code
+  return 0
+
+
+def _call(command: list[str], log: Path) -> int:
+  """Exit code; a signal that stops us stops the command first, which saves before it ends."""
+  with log.open("a", encoding="utf-8") as file:
+    # The lock lives as long as the command, also where this process was killed and left it behind.
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise ValueError(f"{log.parent} is in use: a run of it still goes on; wait for it or stop it") from None
+    process = subprocess.Popen(
+      command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    stopped: list[int] = []
+
+    def forward(number, frame):
+      del frame
+      stopped.append(number)
+      process.send_signal(signal.SIGTERM)
+
+    old = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+      code = process.wait()
+    finally:
+      for number, handler in old.items():
+        signal.signal(number, handler)
+  return cli.PREEMPTED if stopped else code
+
+
+def _same_vocabulary(place: Place) -> None:
+  """All runs of a ladder share the vocabulary that the plan counted with."""
+  known, own = Path(FLAGS.plan).parent / TOKENIZER, place.workdir / TOKENIZER
+  if known.is_file() and not own.is_file():
+    own.write_bytes(known.read_bytes())
+
+
+def launch(plan: Plan, todo: list[Place]) -> int:
+  """Prints or starts the job of every run that is not finished."""
+  known = [place for place in todo if not place.measured()]
+  for place in known:
+    config, *rest = plan.flags(place.run)
+    values = {
+      "name": place.run.name.lower().replace("_", "-").replace(".", "-"),
+      "config": config.split("=", 1)[1],
+      # As given: a Path would make gs:/ of gs://.
+      "workdir": f"{FLAGS.runs_dir.rstrip('/')}/{place.run.name}" if FLAGS.runs_dir else str(place.workdir),
+      "flags": shlex.join(rest),
+    }
+    try:
+      line = FLAGS.launcher.format(**values)
+    except (KeyError, IndexError, ValueError) as error:
+      raise ValueError(
+        f"--launcher: {error} is not one of {', '.join('{' + p + '}' for p in PLACES)}"
+      ) from None
+    print(line, flush=True)
+    if FLAGS.submit and (code := os.waitstatus_to_exitcode(os.system(line))):
+      raise ValueError(f"{place.run.name}: the launcher ended with exit code {code}")
+  say(f"{len(known)} jobs {'started' if FLAGS.submit else 'printed; --submit starts them'}")
+  say("once they have ended, the same command without --launcher measures them and gathers the results")
+  return 0
+
+
+def gather(todo: list[Place]) -> tuple[Path, int]:
+  """results.csv beside the runs: a row for each run that is measured."""
+  rows = [row(place.run, found) for place in todo if (found := place.measured())]
+  path = todo[0].workdir.parent / RESULTS
+  names = list(dict.fromkeys(key for one in rows for key in one))
+  table.write(path, {name: [one.get(name, "") for one in rows] for name in names})
+  return path, len(rows)
+
+
+def row(run: Run, found: dict) -> dict:
+  flat = {"name": run.name}
+  for key, value in found.items():
+    if isinstance(value, dict):
+      prefix = {"loss_by_resolution": "loss_", "loss_by_frames": "loss_frames_"}.get(key, f"{key}_")
+      flat |= {f"{prefix}{part}": number for part, number in value.items()}
+    else:
+      flat[key] = value
+  return flat
