@@ -179,16 +179,24 @@ def test_workers_that_die_or_hang_cost_their_sample_alone(tmp_path, monkeypatch,
   assert contents(tmp_path / "out") == before
 
 
-def test_a_full_disk_ends_the_run_in_one_line(undisturbed, tmp_path, monkeypatch):
-  data, _ = undisturbed
+def test_a_shard_cut_short_never_has_its_name(undisturbed, tmp_path, monkeypatch):
+  """The run ends after the bytes of a shard, before its name; the next one clears up and goes on."""
+  (data, whole), out, replace = undisturbed, tmp_path / "out", os.replace
 
-  def no_space(path, *arguments):
-    raise OSError(28, "No space left on device")
+  def no_space(part, path):
+    if str(path).endswith(".array_record"):
+      raise OSError(28, "No space left on device")
+    replace(part, path)
 
-  monkeypatch.setattr(write.os, "replace", no_space)
-  with pytest.raises(OSError, match="No space left"):
-    run_inline(data, tmp_path / "out")
-  assert not list(tmp_path.glob("out/*/*.array_record"))
+  with monkeypatch.context() as patch:
+    patch.setattr(write.os, "replace", no_space)
+    with pytest.raises(OSError, match="No space left"):
+      run_inline(data, out)
+  assert not list(out.glob("*/*.array_record")) and not (out / "shards.json").exists()
+  part = next(out.glob("*/.*.part"))
+  part.rename(part.with_name(part.name.replace(str(os.getpid()), "1")))  # as of a process that is gone
+  run_inline(data, out)
+  assert contents(out) == whole
 
 
 def test_beam_writes_the_same(undisturbed, tmp_path):

@@ -15,6 +15,7 @@ from array_record.python import array_record_module
 from data_pipelines import check, clip_codec, shard_bytes, shard_records
 from data_pipelines.parts import UnreadableError
 from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec, build_source
+from data_pipelines.sources import shards
 from data_pipelines.sources.files import FileSource
 from data_pipelines.sources.shards import ShardSource
 from sora_jax.packing.geometry import ClipSpec
@@ -62,20 +63,20 @@ def whole(source, i):
 @pytest.mark.parametrize("codec,error", [("raw", 0), ("jpeg", 2.0), ("h264", 2.5)])
 def test_shards_give_what_the_files_give(prepared, codec, error):
   data, folders = prepared
-  files, shards = (
+  files, prepared_set = (
     build_source(DataConfig(source=str(data))),
     build_source(DataConfig(source=str(folders[codec]))),
   )
-  assert isinstance(files, FileSource) and isinstance(shards, ShardSource)
-  assert len(files) == len(shards) == 5
-  place = {shards.row(k)["source"]: k for k in range(5)}
+  assert isinstance(files, FileSource) and isinstance(prepared_set, ShardSource)
+  assert len(files) == len(prepared_set) == 5
+  place = {prepared_set.row(k)["source"]: k for k in range(5)}
   for i in range(5):
     was, k = files.info(i), place[files.info(i).name]
-    now = shards.info(k)
+    now = prepared_set.info(k)
     assert (now.num_frames, now.height, now.width, now.fps, now.captions) == (
       was.num_frames, was.height, was.width, was.fps, was.captions
     )  # fmt: skip
-    a, b = whole(files, i).astype(int), whole(shards, k).astype(int)
+    a, b = whole(files, i).astype(int), whole(prepared_set, k).astype(int)
     assert np.abs(a - b).mean() <= error
     # Any part, at any lower rate and size.
     for spec, start in (
@@ -83,9 +84,9 @@ def test_shards_give_what_the_files_give(prepared, codec, error):
       (ClipSpec(1, 24, 32), 0.5),
       (ClipSpec(5, 24, 32, 12.0), 0.0),
     ):
-      difference = np.abs(files.load(i, spec, start).astype(int) - shards.load(k, spec, start)).mean()
+      difference = np.abs(files.load(i, spec, start).astype(int) - prepared_set.load(k, spec, start)).mean()
       assert difference <= error + (6 if spec.height == 24 else 0), (spec, difference)
-  assert shards.info(place["0.mp4"]).captions == ("noise number 0", "the first")
+  assert prepared_set.info(place["0.mp4"]).captions == ("noise number 0", "the first")
 
 
 def test_the_index_alone_answers(prepared, tmp_path):
@@ -140,10 +141,13 @@ def test_object_stores(prepared, scheme, tmp_path):
   for i in range(5):
     assert remote.info(i) == local.info(i)
     assert np.array_equal(whole(remote, i), whole(local, i))
+  gone = f"{scheme}://{tmp_path}/gone"
+  assert shards.is_prepared(address) and not shards.is_prepared(gone)
   with pytest.raises(ValueError, match="shards.json cannot be read"):
-    build_source(DataConfig(source=f"{scheme}://{tmp_path}/gone"))
+    ShardSource(gone)
+  assert not shards.is_prepared("no_such_protocol://bucket/set")
   with pytest.raises(ValueError, match="no_such_protocol"):
-    build_source(DataConfig(source="no_such_protocol://bucket/set"))
+    ShardSource("no_such_protocol://bucket/set")
 
 
 def test_copies_threads_and_the_checker(prepared):

@@ -42,10 +42,14 @@ SCHEMA = pa.schema(
 
 
 def is_prepared(path: str) -> bool:
-  """An address, or a folder with our description in it."""
-  if "://" in path:
-    return True
-  return os.path.isfile(os.path.join(os.path.expanduser(path), ABOUT))
+  """A folder, or an address, with our description in it."""
+  if "://" not in path:
+    return os.path.isfile(os.path.join(os.path.expanduser(path), ABOUT))
+  try:
+    store, root = fsspec.url_to_fs(path)
+    return store.exists(f"{root.rstrip('/')}/{ABOUT}")
+  except (ImportError, ValueError, OSError):  # whoever reads other addresses says what is wrong with this one
+    return False
 
 
 class ShardSource:
