@@ -1,10 +1,9 @@
 """python -m sora_jax.scaling_laws probe --workdir=RUN: what a linear layer reads off frozen features.
 
-Clips of synthetic shapes, noised a little and without their captions, go through the trained network up to a
-middle block; a linear layer learns colour, shape and direction from the mean of what comes out over halves of
-the time and its maximum. Beside it stand the same network with random weights, and the raw pixels. The digest
-of the weights is taken before and after. With --csv=DIR/results.csv instead: ability by compute, a dot for
-each run.
+Clips of synthetic shapes, noised a little and without their captions, go through the trained network up to
+a middle block; a linear layer learns colour, shape and direction from what comes out: its mean over each half
+of the time, and its maximum. Beside it stand the same network with random weights, and the raw pixels. The
+digest of the weights is taken before and after. With --csv=DIR/results.csv: ability by compute, a dot a run.
 """
 
 import csv
@@ -128,7 +127,7 @@ def pack(run: TrainedRun, videos: Sequence[np.ndarray], fps: Sequence[float]) ->
 def embed(
   run: TrainedRun, model: nnx.Module, batches: Sequence[TokenBatch], *, blocks: int, noise_level: float
 ) -> np.ndarray:
-  """(clips, (HALVES + 1) * D): tokens after `blocks` blocks, mean over halves of the time and maximum."""
+  """(clips, (HALVES + 1) * D): of the tokens after `blocks` blocks: mean over halves of time, maximum."""
   graphdef, state = nnx.split(truncated(model, blocks))
   with jax.set_mesh(run.mesh):
     found = [jax.device_get(_embed(graphdef, state, run.diffusion, noise_level, batch)) for batch in batches]

@@ -78,3 +78,12 @@ def plain_y(axes: Axes) -> None:
   axes.yaxis.set_major_locator(LogLocator(10, subs=subs, numticks=8))
   axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
   axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def plain_x(axes: Axes) -> None:
+  """Where x spans little more than a decade, few labels that do not touch."""
+  low, high = axes.get_xlim()
+  if high < 50 * low:
+    axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+0", "e")))
+    axes.xaxis.set_minor_formatter(NullFormatter())

@@ -98,6 +98,7 @@ def isoflop_curves(runs: Table, fitted: Fit | Result) -> tuple[Figure, Data]:
   data.add("minima", *minima)
   axes.set(xscale="log", yscale="log", xlabel="parameters (labels: compute)", ylabel="loss")
   axes.margins(x=0.12)
+  canvas.plain_x(axes)
   canvas.plain_y(axes)
   axes.legend(frameon=False, loc="upper right")
   return figure, data

@@ -8,7 +8,7 @@ from sora_jax.scaling import bootstrap, hyper, isoflop, laws
 from sora_jax.scaling.hyper import HyperFit
 from sora_jax.scaling.isoflop import Optima, Result
 from sora_jax.scaling.laws import LAWS, Fit
-from sora_jax.scaling.table import FLOPS_PER_PARAM_TOKEN, Table, budgets
+from sora_jax.scaling.table import BUDGET_TOLERANCE, FLOPS_PER_PARAM_TOKEN, Table, budgets
 
 FORMS = {law.name: law.form for law in LAWS.values()} | {
   "isoflop": "N_opt = k_N C^a, D_opt = k_D C^b, from the minima of parabolas at equal compute",
@@ -86,12 +86,14 @@ def _lines(letters: dict, k: float) -> dict:
 
 
 def held_out(law: str, table: Table) -> dict:
-  """The law fitted without the largest run, and how far it misses that run."""
+  """The law fitted without the largest budget, and how far it misses the best run of it."""
   if law in hyper.LAWS:
     return hyper.held_out(law, table)
   if law in LAWS:
-    largest = table.rows(np.array([int(np.argmax(table.compute))]))
-    rest = table.rows(table.compute < largest.compute[0])
+    top = table.compute > table.compute.max() / (1 + BUDGET_TOLERANCE)
+    largest = table.rows(np.array([int(np.argmin(np.where(top, table.loss, np.inf)))]))
+    # Runs of its own budget would give it away.
+    rest = table.rows(table.compute < largest.compute[0] / (1 + BUDGET_TOLERANCE))
     try:
       predicted = float(laws.fit(LAWS[law], rest).predict(largest)[0])
     except ValueError as error:

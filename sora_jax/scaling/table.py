@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 COLUMNS = ("params", "tokens", "compute", "loss")
+BUDGET_TOLERANCE = 0.1  # runs closer than this share a budget
 MOST_SPREAD = 1.4  # of compute within a budget
 SETTINGS = ("batch", "lr")  # tokens a step, learning rate: read only where a law asks for them
 FLOPS_PER_PARAM_TOKEN = 6.0  # forward and backward of a dense network; used only where a column is missing
@@ -98,7 +99,7 @@ def frontier(table: Table) -> Table:
   return table.rows(order[np.r_[True, loss[1:] < best[:-1]]])
 
 
-def budgets(compute: np.ndarray, *, tolerance: float = 0.1) -> list[np.ndarray]:
+def budgets(compute: np.ndarray, *, tolerance: float = BUDGET_TOLERANCE) -> list[np.ndarray]:
   """Indices of the runs of each compute budget, ascending; runs closer than `tolerance` share one."""
   order = np.argsort(compute, kind="stable")
   gaps = np.diff(np.log(compute[order])) > math.log1p(tolerance)
