@@ -66,7 +66,7 @@ def test_encoder_keeps_captions_apart():
   encoder = TextEncoder(TextConfig(vocab_size=20, max_tokens=8, width=16, depth=1, heads=2), rngs=nnx.Rngs(0))
   run = jax.jit(lambda b: encoder(b))
   batch = packed_batch()
-  text_BMD, pooled_BND = run(batch)
+  text_BMD, pooled_BND = jax.block_until_ready(run(batch))  # before its arrays change under it
   batch.text_ids_BM[0, 3:7] = 5
   other_BMD, other_BND = run(batch)
   same = np.array([1, 1, 1, 0, 0, 0, 0, 1, 1], bool)
