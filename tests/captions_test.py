@@ -28,7 +28,7 @@ def drawn(source, epochs=400, split="train", **changes) -> list[collections.Coun
   config = DataConfig(patch=(2, 8, 8), row_tokens=400, **changes)
   loader = Pipeline(source, config, batch_spec(config), str.split, split=split).loader
   return [
-    collections.Counter(loader._caption(source.info(i), e) for e in range(epochs)) for i in range(len(source))
+    collections.Counter(loader.caption(source.info(i), e) for e in range(epochs)) for i in range(len(source))
   ]
 
 
@@ -63,7 +63,7 @@ def test_held_out_samples_show_their_first_caption(root):
   config = DataConfig(patch=(2, 8, 8), row_tokens=400, num_eval=1, caption_weights=(0, 0, 1))
   source = build(root / "list.json")
   pipeline = Pipeline(source, config, batch_spec(config), str.split, split="eval")
-  assert pipeline.loader._caption(source.info(0), 3) == LONG
+  assert pipeline.loader.caption(source.info(0), 3) == LONG
 
 
 def test_times_in_the_source_are_kept(root):

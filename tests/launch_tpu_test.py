@@ -230,6 +230,9 @@ def test_a_failed_worker_ends_the_run_and_is_shown(box):
   assert f"worker pod-w-1 of pod ended first, with {code}" in done.stderr
   assert f"error: pod-w-1 ends with {code}" in done.stdout
   folder = box.state / "homes" / "pod-w-0" / "sora_jax" / "pod" / "attempt_0001"
+  deadline = time.monotonic() + 30
+  while not (folder / "exit_code").is_file() and time.monotonic() < deadline:
+    time.sleep(0.1)
   assert (folder / "exit_code").read_text().startswith("42 ")  # by SIGTERM, so that it could save
 
 
@@ -311,12 +314,15 @@ def test_detach_and_attach_again(box):
   _, said = first.communicate(timeout=30)
   assert first.returncode == 130 and "Attach again: bash launch/tpu_run.sh --name=pod" in said
   second = box.start("tpu_run.sh", *BASE)
-  time.sleep(1.5)
+  said = ""
+  while "attached to run pod, attempt 1" not in said and (line := second.stderr.readline()):
+    said += line
+  assert "attached to run pod, attempt 1" in said
   assert len(box.calls("train")) == 1
   for pid in box.state.glob("homes/*/sora_jax/pod/attempt_0001/pid"):
     subprocess.run(["kill", "-TERM", pid.read_text().strip()], check=True)  # as a shutdown does
-  _, said = second.communicate(timeout=30)
-  assert second.returncode == 0 and "attached to run pod, attempt 1" in said
+  second.communicate(timeout=30)
+  assert second.returncode == 0
   assert len(box.calls("train")) == 2  # 42, so attempt 2
 
 
