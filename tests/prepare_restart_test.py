@@ -148,6 +148,7 @@ def test_any_number_of_workers(undisturbed, tmp_path):
     assert contents(out) == whole
 
 
+@pytest.mark.slow
 def test_workers_that_die_or_hang_cost_their_sample_alone(tmp_path, monkeypatch, capfd):
   (tmp_path / "odd_source.py").write_text(ODD)
   monkeypatch.syspath_prepend(str(tmp_path))

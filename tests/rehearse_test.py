@@ -78,9 +78,8 @@ def test_the_compiler_knows_every_flag(generation):
     assert wrong.returncode != 0 and "xla_tpu_no_such_flag" in wrong.stderr
 
 
-@pytest.mark.parametrize(
-  "size", [pytest.param("700m", marks=pytest.mark.slow), pytest.param("5b", marks=pytest.mark.slow), "30b"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["700m", "5b", "30b"])
 def test_the_debug_preset_of_a_pod_trains(size, tmp_path):
   command = [sys.executable, "-m", "sora_jax.train", f"--config=configs/t2v_{size}.py:debug"]
   env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}

@@ -40,7 +40,10 @@ from tests import tiny_dit
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("width, depth, tokens", [(128, 2, 64), (128, 5, 64), (96, 3, 128)])
+@pytest.mark.parametrize(
+  "width, depth, tokens",
+  [(96, 3, 128), *(pytest.param(128, depth, 64, marks=pytest.mark.slow) for depth in (2, 5))],
+)
 def test_model_flops_are_those_of_the_compiled_step(width, depth, tokens):
   """One full segment a row, so that dense attention computes what counts and no more."""
   spec = BatchSpec(rows=2, tokens=tokens, channels=48, samples=1, text_tokens=16)

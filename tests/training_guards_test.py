@@ -172,6 +172,7 @@ def test_spike_statistics():
   assert judge(z(4.1), 4.0) and not judge(z(3.9), 4.0) and not judge(z(-9), 4.0) and not judge(z(99), 0.0)
 
 
+@pytest.mark.slow
 def test_profile_steps(tmp_path):
   assert profile.parse("10:13") == (10, 13) and profile.parse("") is None
   for wrong in ("10", "5:5", "a:b"):
