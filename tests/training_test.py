@@ -298,7 +298,7 @@ def test_hooks_and_reports(tmp_path, capsys):
   line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
   expected = {
     "step", "loss", "loss/t0.4-0.6", "grad_norm", "lr", "skipped", "tokens_per_s", "samples_per_s", "step_s",
-    "padding", "unreadable", "flops_per_s", "data_wait",
+    "padding", "unreadable", "flops_per_s", "data_wait", "live_tiles", "live_tile_share",
   }  # fmt: skip
   assert set(line) == expected
   batch = toy.batch(0)
