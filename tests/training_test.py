@@ -23,6 +23,7 @@ from sora_jax.training.optimizer import (
   learning_rate,
   make_optimizer,
 )
+from sora_jax.training.scalars import pack, unpack
 from sora_jax.training.state import init_state, make_setup
 from sora_jax.training.step import make_train_step
 from tests import tiny_dit, toy
@@ -43,7 +44,7 @@ def run(task, data, *, mesh=ONE, num_devices=1, steps=5, accumulate=1, optimizer
   losses = []
   for i in range(steps):
     state, scalars = step(state, data(i))
-    total, count = scalars["sums"]["loss"]
+    total, count = unpack(scalars)["sums"]["loss"]
     losses.append(float(total) / float(count))
   assert step._cache_size() == min(steps, 1), "the step was compiled again"
   return np.array(losses), jax.device_get(state)
@@ -298,7 +299,7 @@ def test_hooks_and_reports(tmp_path, capsys):
   line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
   expected = {
     "step", "loss", "loss/t0.4-0.6", "grad_norm", "lr", "skipped", "tokens_per_s", "samples_per_s", "step_s",
-    "padding", "unreadable", "flops_per_s", "data_wait",
+    "padding", "unreadable", "flops_per_s", "data_wait", "live_tiles", "live_tile_share",
   }  # fmt: skip
   assert set(line) == expected
   batch = toy.batch(0)
@@ -327,3 +328,12 @@ def test_a_diverged_run_stops(tmp_path):
 
   with pytest.raises(DivergedError, match="not finite for 3 steps in a row"):
     fit_toy(tmp_path, steps=9, data=poisoned, train={"max_skipped": 3})
+
+
+def test_packed_numbers_come_back_as_they_were():
+  tree = {"a": (jnp.float32(0.1), jnp.int32(2**31 - 1)), "b": [jnp.float32(jnp.nan), jnp.int32(3)], "c": True}
+  packed = jax.jit(lambda: pack(tree))()
+  assert len(jax.tree.leaves(packed)) == 3
+  got = unpack(packed)
+  assert np.isnan(got["b"][0]) and got["a"] == (float(np.float32(0.1)), 2**31 - 1)
+  assert got["b"][1] == 3 and got["c"] is True

@@ -14,7 +14,7 @@ from sora_jax.parallel import mesh as mesh_lib
 from sora_jax.parallel.mesh import MeshConfig
 from sora_jax.parallel.rules import Rules
 from sora_jax.parallel.sentinel import Sentinel
-from sora_jax.training import checkpoint, goodput, guards, metrics, profile, watchdog
+from sora_jax.training import checkpoint, goodput, guards, metrics, profile, scalars, watchdog
 from sora_jax.training import run as run_lib
 from sora_jax.training import state as state_lib
 from sora_jax.training.config import TrainConfig
@@ -132,17 +132,17 @@ def _steps(run: Run, programs: Programs, feed: Feed, start: int, state: PyTree) 
     nonlocal last, loss, streak
     if last is None:
       return
-    scalars, stats = jax.device_get(last[0]), last[1]
+    values, stats = scalars.unpack(last[0]), last[1]
     last = None
     run.watchdog.beat()
     run.account.step_done(step)
-    window.add(scalars, stats)
+    window.add(values, stats)
     if step % config.log_every == 0 or step == num_steps:
-      values = window.report()
-      loss = values.get("loss", math.nan)
-      run.writer.scalars(step, values)
-      run.writer.progress(step, values)
-    streak = guards.judge(scalars, step, config.max_skipped)
+      means = window.report()
+      loss = means.get("loss", math.nan)
+      run.writer.scalars(step, means)
+      run.writer.progress(step, means)
+    streak = guards.judge(values, step, config.max_skipped)
 
   due = lambda every, step: every and step % every == 0 and step > start  # noqa: E731
   run.account.begin_steps()
@@ -165,14 +165,14 @@ def _steps(run: Run, programs: Programs, feed: Feed, start: int, state: PyTree) 
       # --- draw the batch, step
       run.profiler.before(step)
       batch, stats = feed.take()
-      state, scalars = programs.train_step(state, batch)
+      state, packed = programs.train_step(state, batch)
       # While the device works: prepare the next batch and take up the results of the step before.
       if step + 1 < num_steps:
         waited = feed.fill()
-        if scalars["grad_norm"].is_ready():  # the device has waited for data too
+        if packed.is_ready():  # the device has waited for data too
           run.account.add("data_wait", waited)
       report(step)
-      last = (scalars, stats)
+      last = (packed, stats)
       # --- hooks; those of the last step wait until it is saved
       hooks = [hook for hook in run.hooks if step + 1 < num_steps and hook.due(step + 1, num_steps)]
       if hooks:

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from sora_jax.parallel import mesh as mesh_lib
 from sora_jax.training import guards
 from sora_jax.training import optimizer as optimizer_lib
+from sora_jax.training import scalars as scalars_lib
 from sora_jax.training.state import Setup
 from sora_jax.types import Array, PyTree, Sums, TokenBatch
 
@@ -17,7 +18,7 @@ from sora_jax.types import Array, PyTree, Sums, TokenBatch
 def make_train_step(
   setup: Setup, *, batch: TokenBatch, accumulate: int = 1, spike_zscore: float = 0.0, spike_window: int = 200
 ) -> Callable:
-  """step(state, batch) -> (state, scalars); the state is donated, `batch` here gives the global shapes alone.
+  """step(state, batch) -> (state, scalars.Packed); the state is donated, `batch` gives the shapes alone.
 
   The gradient is that of (sum of losses) / (count), both over all rows, however they are split into
   `accumulate` micro-batches. Where the loss or the gradient norm is not finite, or the loss is a spike
@@ -47,7 +48,7 @@ def make_train_step(
     zeros = _constrain(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one), setup.shardings["params"])
     return jax.lax.scan(body, zeros, split)[0]
 
-  def step(state: PyTree, batch: TokenBatch) -> tuple[PyTree, dict[str, Array]]:
+  def step(state: PyTree, batch: TokenBatch) -> tuple[PyTree, scalars_lib.Packed]:
     params, counters = state["params"], state["counters"]
     key = jax.random.fold_in(jax.random.key(setup.seed), counters["step"])
     grads, sums = gradients(params, state["rest"], batch, key)
@@ -82,7 +83,7 @@ def make_train_step(
       "skipped": new["counters"]["skipped"],
       "streak": new["counters"]["streak"],
     }
-    return new, scalars
+    return new, scalars_lib.pack(scalars)
 
   return jax.jit(
     step,
