@@ -297,6 +297,19 @@ def test_a_shard_that_is_a_link_is_not_followed(prepared, tmp_path):
     whole(ShardSource(str(out)), 0)
 
 
+@pytest.mark.parametrize("name", [shards.INDEX, shards.ABOUT])
+def test_an_index_that_is_a_link_is_not_followed_unless_allowed(prepared, tmp_path, name):
+  _, folders = prepared
+  out = tmp_path / "set"
+  shutil.copytree(folders["jpeg"], out)
+  (out / name).rename(tmp_path / "elsewhere")
+  (out / name).symlink_to(tmp_path / "elsewhere")
+  with pytest.raises(ValueError, match=f"{name}: outside_root: .*data.allow_outside_root"):
+    build_source(DataConfig(source=str(out)))
+  source = build_source(DataConfig(source=str(out), allow_outside_root=True))
+  assert whole(pickle.loads(pickle.dumps(source)), 0).any()
+
+
 def test_mutated_records_are_unreadable_and_no_more():
   rng = np.random.default_rng(0)
   video = moving(0, 5, (32, 32))

@@ -53,11 +53,15 @@ def is_prepared(path: str) -> bool:
 
 
 class ShardSource:
-  """`encoder` is the hash of the one whose latents are wanted, "" = pixels; None takes what the set holds."""
+  """`encoder` is the hash of the one whose latents are wanted, "" = pixels; None takes what the set holds.
 
-  def __init__(self, path: str, encoder: str | None = None):
+  Links out of the set are refused unless `allow_outside_root`.
+  """
+
+  def __init__(self, path: str, encoder: str | None = None, *, allow_outside_root: bool = False):
     self.name, self._path = path, path if "://" in path else os.path.expanduser(path)
-    self._files = _Files(self._path)
+    self._allow_outside_root = allow_outside_root
+    self._files = _Files(self._path, allow_outside_root)
     about, index = _about(self._files, path), self._files.whole(INDEX)
     self.encoder_hash: str = about["encoder"]
     self.text_encoder_hash: str = about["text_encoder"]
@@ -88,7 +92,7 @@ class ShardSource:
     self._columns = {name: table[name].to_numpy() for name in numbers}
 
   def __reduce__(self):  # a worker process opens its own files
-    return (ShardSource, (self._path, self.encoder_hash))
+    return (_reopened, (self._path, self.encoder_hash, self._allow_outside_root))
 
   def __len__(self) -> int:
     return len(self._table)
@@ -161,6 +165,10 @@ class ShardSource:
     return shard_records.unpack(data)
 
 
+def _reopened(path: str, encoder: str, allow_outside_root: bool) -> ShardSource:
+  return ShardSource(path, encoder, allow_outside_root=allow_outside_root)
+
+
 def require_encoder(name: str, held: str, wanted: str) -> None:
   """Latents of another encoder are noise to a model: refused, as are pixels in place of latents."""
   if held == wanted:
@@ -176,8 +184,8 @@ def require_encoder(name: str, held: str, wanted: str) -> None:
 class _Files:
   """Ranges of bytes below a folder or an address."""
 
-  def __init__(self, root: str):
-    self._root, self._lock = root, threading.Lock()
+  def __init__(self, root: str, allow_outside_root: bool):
+    self._root, self._allow_outside_root, self._lock = root, allow_outside_root, threading.Lock()
     self._remote = None
     if "://" in root:
       try:
@@ -190,8 +198,10 @@ class _Files:
     try:
       if self._remote is not None:
         return self._remote.cat_file(f"{self._root.rstrip('/')}/{name}")
-      with open(os.path.join(self._root, name), "rb") as f:
+      with open(self._local(name), "rb") as f:
         return f.read()
+    except UnreadableError as e:
+      raise ValueError(f"{self._root}/{name}: {e}") from e
     except OSError as e:
       raise ValueError(f"{self._root}/{name} cannot be read: {e.strerror or e}") from e
 
@@ -210,13 +220,16 @@ class _Files:
       raise UnreadableError("truncated", f"{name} ends before byte {offset + size}")
     return data
 
+  def _local(self, name: str) -> str:
+    path = os.path.join(self._root, name)
+    return paths.resolve(path, self._root, allow_outside_root=self._allow_outside_root)
+
   def _file(self, name: str):
     """An open file; the caller's hold on it keeps it open though others push it out."""
     with self._lock:
       file = self._open.pop(name, None)
       if file is None:
-        path = paths.resolve(os.path.join(self._root, name), self._root, allow_outside_root=False)
-        file = open(path, "rb")  # noqa: SIM115, closed when no one holds it
+        file = open(self._local(name), "rb")  # noqa: SIM115, closed when no one holds it
       self._open[name] = file
       if len(self._open) > _MAX_OPEN:
         self._open.popitem(last=False)
