@@ -159,7 +159,7 @@ class ShardSource:
   def _record(self, i: int) -> dict[str, Any]:
     shard, columns = self._table["shard"][i].as_py(), self._columns
     offset, span = int(columns["offset"][i]), int(columns["span"][i])
-    data = shard_bytes.record_of(self._files.part(shard, offset, span), offset)
+    data = self._files.record(shard, offset, span)
     if zlib.crc32(data) != columns["crc32"][i]:
       raise UnreadableError("damaged", f"{shard}, record at byte {offset}: its checksum differs")
     return shard_records.unpack(data)
@@ -205,20 +205,21 @@ class _Files:
     except OSError as e:
       raise ValueError(f"{self._root}/{name} cannot be read: {e.strerror or e}") from e
 
-  def part(self, name: str, offset: int, size: int) -> bytes:
+  def record(self, name: str, offset: int, size: int) -> memoryview:
+    """The record in so many bytes of a shard."""
     try:
       if self._remote is not None:
         path = f"{self._root.rstrip('/')}/{name}"
         data = self._remote.cat_file(path, start=offset, end=offset + size)
+        if len(data) == size:
+          return shard_bytes.record_of(data, offset)
       else:
-        handle = self._file(name).fileno()
-        is_there = offset + size <= os.fstat(handle).st_size  # else no memory is taken for it
-        data = os.pread(handle, size, offset) if is_there else b""
+        file = self._file(name)
+        if offset + size <= os.fstat(file.fileno()).st_size:  # else no memory is taken for it
+          return shard_bytes.read_record(file.fileno(), offset, size)
     except (OSError, ValueError) as e:
       raise UnreadableError("unreadable", f"{name}: {e}") from e
-    if len(data) != size:
-      raise UnreadableError("truncated", f"{name} ends before byte {offset + size}")
-    return data
+    raise UnreadableError("truncated", f"{name} ends before byte {offset + size}")
 
   def _local(self, name: str) -> str:
     path = os.path.join(self._root, name)
