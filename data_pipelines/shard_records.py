@@ -17,6 +17,7 @@ from data_pipelines.clip_codec import CODECS
 from data_pipelines.parts import UnreadableError
 
 VERSION = 1
+_HEAD, _BIN32 = 4096, b"\xc6"
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 _FIELDS = {"id": str, "kind": str, "shape": list, "fps": float, "captions": list}
 
@@ -25,9 +26,10 @@ def pack(record: dict[str, Any]) -> bytes:
   return msgpack.packb({"v": VERSION, **record}, use_bin_type=True)
 
 
-def unpack(data: bytes) -> dict[str, Any]:
+def unpack(data: bytes | memoryview) -> dict[str, Any]:
+  """The values of latents are a view of `data`."""
   try:
-    record = msgpack.unpackb(data, raw=False, strict_map_key=True)
+    record = _with_view(memoryview(data))
   except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as e:
     raise UnreadableError("damaged", f"a record is no msgpack: {e or type(e).__name__}") from e
   if not isinstance(record, dict) or record.get("v") != VERSION:
@@ -50,6 +52,36 @@ def unpack(data: bytes) -> dict[str, Any]:
   return record
 
 
+def _with_view(data: memoryview) -> Any:
+  """A map whose bytes under "data" are not copied, where that key comes early; else as msgpack reads it."""
+  head = _fed(data[:_HEAD])
+  record, left = {}, 0
+  try:
+    left = head.read_map_header()
+    while left and (key := head.unpack()) != "data":
+      record[key], left = head.unpack(), left - 1
+  except (msgpack.OutOfData, ValueError, TypeError):
+    left = 0
+  at = head.tell()
+  if not left or data[at : at + 1] != _BIN32:
+    return msgpack.unpackb(data, raw=False, strict_map_key=True)
+  start, size = at + 5, int.from_bytes(data[at + 1 : at + 5], "big")
+  record["data"] = data[start : start + size]
+  tail = _fed(data[start + size :])
+  for _ in range(left - 1):
+    key = tail.unpack()
+    record[key] = tail.unpack()
+  if tail.tell() != len(data) - start - size:
+    raise ValueError("bytes follow it")
+  return record
+
+
+def _fed(data: memoryview) -> msgpack.Unpacker:
+  unpacker = msgpack.Unpacker(raw=False, strict_map_key=True, max_buffer_size=0)
+  unpacker.feed(data)
+  return unpacker
+
+
 def pack_array(array: np.ndarray, dtype: str) -> dict[str, Any]:
   values = np.ascontiguousarray(array, DTYPES[dtype])
   return {"shape": list(values.shape), "dtype": dtype, "data": values.tobytes()}
@@ -58,7 +90,7 @@ def pack_array(array: np.ndarray, dtype: str) -> dict[str, Any]:
 def array_of(record: dict[str, Any]) -> np.ndarray:
   """A view of the bytes, read-only."""
   shape, dtype, data = record.get("shape"), record.get("dtype"), record.get("data")
-  if dtype not in DTYPES or not isinstance(data, bytes) or not isinstance(shape, list):
+  if dtype not in DTYPES or not isinstance(data, bytes | memoryview) or not isinstance(shape, list):
     raise UnreadableError("damaged", "an array without shape, dtype or data")
   kind = np.dtype(DTYPES[dtype])
   if not all(isinstance(n, int) and n >= 0 for n in shape) or math.prod(shape) * kind.itemsize != len(data):

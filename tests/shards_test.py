@@ -130,6 +130,26 @@ def test_records_of_any_length_are_found_by_their_bytes(tmp_path):
   data = (tmp_path / "a").read_bytes()
   spans = shard_bytes.record_spans(tmp_path / "a", len(records))
   assert [shard_bytes.record_of(data[at : at + n], at) for at, n in spans] == records
+  with open(tmp_path / "a", "rb") as f:
+    assert [shard_bytes.read_record(f.fileno(), at, n) for at, n in spans] == records
+    with pytest.raises(UnreadableError, match="truncated"):
+      shard_bytes.read_record(f.fileno(), spans[-1][0], len(data))
+
+
+@pytest.mark.parametrize("captions", [["short"], ["long " * 2000]])
+def test_latents_are_a_view_of_their_record(captions):
+  values = np.arange(2 * 3 * 4 * 5, dtype=np.float16).reshape(2, 3, 4, 5)
+  record = {"id": "x", "captions": captions, "kind": "latent", "encoder": "e", "fps": 1.0}
+  record |= shard_records.pack_array(np.tile(values, (1, 1, 1, 8000)), "float16")
+  record["text"] = [shard_records.pack_array(values[0, 0], "float16")]
+  data = shard_records.pack(record)
+  got = shard_records.unpack(memoryview(data))
+  assert got == {"v": 1, **record} and list(got) == ["v", *record]
+  shared = np.shares_memory(shard_records.array_of(got), np.frombuffer(data, np.uint8))
+  assert shared == (len(captions[0]) < 4096)
+  for bad in (data[:-1], data + b"\0"):
+    with pytest.raises(UnreadableError, match="damaged"):
+      shard_records.unpack(bad)
 
 
 @pytest.mark.parametrize("scheme", ["memory", "file"])
@@ -295,6 +315,19 @@ def test_a_shard_that_is_a_link_is_not_followed(prepared, tmp_path):
   shard.parent.symlink_to(tmp_path / "folder")
   with pytest.raises(UnreadableError, match="outside_root"):
     whole(ShardSource(str(out)), 0)
+
+
+@pytest.mark.parametrize("name", [shards.INDEX, shards.ABOUT])
+def test_an_index_that_is_a_link_is_not_followed_unless_allowed(prepared, tmp_path, name):
+  _, folders = prepared
+  out = tmp_path / "set"
+  shutil.copytree(folders["jpeg"], out)
+  (out / name).rename(tmp_path / "elsewhere")
+  (out / name).symlink_to(tmp_path / "elsewhere")
+  with pytest.raises(ValueError, match=f"{name}: outside_root: .*data.allow_outside_root"):
+    build_source(DataConfig(source=str(out)))
+  source = build_source(DataConfig(source=str(out), allow_outside_root=True))
+  assert whole(pickle.loads(pickle.dumps(source)), 0).any()
 
 
 def test_mutated_records_are_unreadable_and_no_more():

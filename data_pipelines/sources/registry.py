@@ -57,7 +57,8 @@ def locate(config: DataConfig) -> Source | Located:
   if config.source in _factories:
     return _factories[config.source](config)
   if shards.is_prepared(config.source):
-    return shards.ShardSource(config.source, **config.source_kwargs)
+    allow = config.allow_outside_root
+    return shards.ShardSource(config.source, **{"allow_outside_root": allow, **config.source_kwargs})
   if config.source.startswith(tensorflow_datasets.PREFIX):
     return tensorflow_datasets.read(config)
   path, options = Path(os.path.expanduser(config.source)), read_options(config)

@@ -53,11 +53,15 @@ def is_prepared(path: str) -> bool:
 
 
 class ShardSource:
-  """`encoder` is the hash of the one whose latents are wanted, "" = pixels; None takes what the set holds."""
+  """`encoder` is the hash of the one whose latents are wanted, "" = pixels; None takes what the set holds.
 
-  def __init__(self, path: str, encoder: str | None = None):
+  Links out of the set are refused unless `allow_outside_root`.
+  """
+
+  def __init__(self, path: str, encoder: str | None = None, *, allow_outside_root: bool = False):
     self.name, self._path = path, path if "://" in path else os.path.expanduser(path)
-    self._files = _Files(self._path)
+    self._allow_outside_root = allow_outside_root
+    self._files = _Files(self._path, allow_outside_root)
     about, index = _about(self._files, path), self._files.whole(INDEX)
     self.encoder_hash: str = about["encoder"]
     self.text_encoder_hash: str = about["text_encoder"]
@@ -88,7 +92,7 @@ class ShardSource:
     self._columns = {name: table[name].to_numpy() for name in numbers}
 
   def __reduce__(self):  # a worker process opens its own files
-    return (ShardSource, (self._path, self.encoder_hash))
+    return (_reopened, (self._path, self.encoder_hash, self._allow_outside_root))
 
   def __len__(self) -> int:
     return len(self._table)
@@ -155,10 +159,14 @@ class ShardSource:
   def _record(self, i: int) -> dict[str, Any]:
     shard, columns = self._table["shard"][i].as_py(), self._columns
     offset, span = int(columns["offset"][i]), int(columns["span"][i])
-    data = shard_bytes.record_of(self._files.part(shard, offset, span), offset)
+    data = self._files.record(shard, offset, span)
     if zlib.crc32(data) != columns["crc32"][i]:
       raise UnreadableError("damaged", f"{shard}, record at byte {offset}: its checksum differs")
     return shard_records.unpack(data)
+
+
+def _reopened(path: str, encoder: str, allow_outside_root: bool) -> ShardSource:
+  return ShardSource(path, encoder, allow_outside_root=allow_outside_root)
 
 
 def require_encoder(name: str, held: str, wanted: str) -> None:
@@ -176,8 +184,8 @@ def require_encoder(name: str, held: str, wanted: str) -> None:
 class _Files:
   """Ranges of bytes below a folder or an address."""
 
-  def __init__(self, root: str):
-    self._root, self._lock = root, threading.Lock()
+  def __init__(self, root: str, allow_outside_root: bool):
+    self._root, self._allow_outside_root, self._lock = root, allow_outside_root, threading.Lock()
     self._remote = None
     if "://" in root:
       try:
@@ -190,33 +198,39 @@ class _Files:
     try:
       if self._remote is not None:
         return self._remote.cat_file(f"{self._root.rstrip('/')}/{name}")
-      with open(os.path.join(self._root, name), "rb") as f:
+      with open(self._local(name), "rb") as f:
         return f.read()
+    except UnreadableError as e:
+      raise ValueError(f"{self._root}/{name}: {e}") from e
     except OSError as e:
       raise ValueError(f"{self._root}/{name} cannot be read: {e.strerror or e}") from e
 
-  def part(self, name: str, offset: int, size: int) -> bytes:
+  def record(self, name: str, offset: int, size: int) -> memoryview:
+    """The record in so many bytes of a shard."""
     try:
       if self._remote is not None:
         path = f"{self._root.rstrip('/')}/{name}"
         data = self._remote.cat_file(path, start=offset, end=offset + size)
+        if len(data) == size:
+          return shard_bytes.record_of(data, offset)
       else:
-        handle = self._file(name).fileno()
-        is_there = offset + size <= os.fstat(handle).st_size  # else no memory is taken for it
-        data = os.pread(handle, size, offset) if is_there else b""
+        file = self._file(name)
+        if offset + size <= os.fstat(file.fileno()).st_size:  # else no memory is taken for it
+          return shard_bytes.read_record(file.fileno(), offset, size)
     except (OSError, ValueError) as e:
       raise UnreadableError("unreadable", f"{name}: {e}") from e
-    if len(data) != size:
-      raise UnreadableError("truncated", f"{name} ends before byte {offset + size}")
-    return data
+    raise UnreadableError("truncated", f"{name} ends before byte {offset + size}")
+
+  def _local(self, name: str) -> str:
+    path = os.path.join(self._root, name)
+    return paths.resolve(path, self._root, allow_outside_root=self._allow_outside_root)
 
   def _file(self, name: str):
     """An open file; the caller's hold on it keeps it open though others push it out."""
     with self._lock:
       file = self._open.pop(name, None)
       if file is None:
-        path = paths.resolve(os.path.join(self._root, name), self._root, allow_outside_root=False)
-        file = open(path, "rb")  # noqa: SIM115, closed when no one holds it
+        file = open(self._local(name), "rb")  # noqa: SIM115, closed when no one holds it
       self._open[name] = file
       if len(self._open) > _MAX_OPEN:
         self._open.popitem(last=False)
