@@ -87,7 +87,7 @@ def hosts(
   return [
     Lint(
       "hosts",
-      f"mesh.{axis} = {mesh_shape[axis]} spans {visits[axis][1]} hosts of {topology.name}: its exchanges take "
+      f"mesh.{axis} = {mesh_shape[axis]} spans {visits[axis][1]} hosts of {topology.name}: exchanges take "
       f"the network ({chip.network_rate / 1e9:.0f} GB/s) and not NVLink ({chip.link_rate / 1e9:.0f} GB/s); "
       f"keep context x tensor a divisor of the {gpus} GPUs of a host",
     )

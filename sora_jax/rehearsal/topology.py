@@ -53,10 +53,10 @@ def parse(name: str, num_slices: int = 0) -> Topology:
     raise ValueError(f"topology {name!r}: chip generation {match[1]!r} is none of {', '.join(known)}")
   chip, dims = known[match[1]], tuple(int(n) for n in match[2].split("x"))
   if len(dims) != chip.torus_dims or min(dims) < 1:
-    what = "hosts and their GPUs" if chip.generation in gpu.GPUS else "a slice"
-    raise ValueError(
-      f"topology {name!r}: {what} of {chip.generation} have {chip.torus_dims} dims of at least 1"
+    what = (
+      f"{chip.generation} (hosts x GPUs)" if chip.generation in gpu.GPUS else f"a {chip.generation} slice"
     )
+    raise ValueError(f"topology {name!r}: {what} has {chip.torus_dims} dims of at least 1")
   slices = num_slices or int(match[3] or 1)
   if slices > 1 and chip.generation in gpu.GPUS:
     raise ValueError(f"topology {name!r}: GPUs have no slices; their hosts are the first dim, as h200:8x8")
