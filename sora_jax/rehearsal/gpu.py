@@ -6,7 +6,6 @@ device it tunes nothing, and cuDNN does not plan its kernels, so their workspace
 
 import contextlib
 import importlib.util
-import os
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
@@ -84,7 +83,6 @@ def describe(chip: Chip, hosts: int, gpus: int) -> list[jax.Device]:
   """Devices that compile but do not run; ValueError where no compiler is there or it refuses them."""
   if compiler() is None:
     raise ValueError(_NO_CUDA)
-  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # one warning for every tensor it moves the long way
   try:
     dnn = attention_gpu.cudnn.check_cudnn_version() if attention_gpu.cudnn else 90000
     target = _TARGET.format(
