@@ -1,9 +1,10 @@
 """python -m sora_jax.rehearse --config=configs/NAME.py --topology=v5p:8x8x8 [--num_slices=N] [--json=FILE]
 
-Compiles the step that sora_jax.train would run on a TPU slice, without one, and says whether it fits, what it
-moves and what it may cost. --mode=sample: the sampler's program. Without --topology: those of the config.
---all: every configs/t2v_*.py on all of its topologies. --check_golden, --write_golden: what must not change
-unseen, in tests/golden/rehearse. Exit code: 0 all fit, 1 one does not, or a lint or comparison fails.
+Compiles the step that sora_jax.train would run on a TPU slice, or with --topology=h200:8x8 on 8 hosts of 8
+GPUs, without one, and says whether it fits, what it moves and what it may cost. --mode=sample: the sampler's
+program. Without --topology: those of the config. --all: every configs/t2v_*.py on all of its topologies.
+--check_golden, --write_golden: what must not change unseen, in tests/golden/rehearse. Exit code: 0 all fit,
+1 one does not, or a lint or comparison fails.
 """
 
 import importlib.util
@@ -30,7 +31,11 @@ GOLDEN = ROOT / "tests" / "golden" / "rehearse"
 
 def define_flags() -> None:
   config_flags.DEFINE_config_file("config", None, "FILE.py or FILE.py:PRESET, with a get_config(preset).")
-  flags.DEFINE_string("topology", "", "GENERATION:AxB[xC], as v5p:8x8x8; empty: those of the config.")
+  flags.DEFINE_string(
+    "topology",
+    "",
+    "GENERATION:AxB[xC], as v5p:8x8x8, or of GPUs GENERATION:HOSTSxGPUS, as h200:8x8; empty: the config's.",
+  )
   flags.DEFINE_integer("num_slices", 0, "Slices of that topology; 0 = 1, or what follows a * in its name.")
   flags.DEFINE_enum("mode", "train", ["train", "sample"], "Which program.")
   flags.DEFINE_string("json", "", "File for the figures: an object, or a list of several.")

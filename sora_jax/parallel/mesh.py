@@ -51,10 +51,11 @@ def make_mesh(config: MeshConfig | Mesh, devices: Sequence[jax.Device] | None = 
 def _arrange(sizes: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
   """Devices ordered so that each axis lies on torus dims of its own where sizes allow, inner axes nearest.
 
-  Slices are joined by a network far slower than their links: only the replica axis may cross it.
+  Slices are joined by a network far slower than their links: only the replica axis may cross it. Of GPUs jax
+  calls every host a slice; any axis may cross their network, outer ones first.
   """
   num_slices = len({getattr(d, "slice_index", 0) or 0 for d in devices})
-  if num_slices == 1:
+  if num_slices == 1 or devices[0].platform == "gpu":
     return _torus(sizes, devices)
   if sizes[0] % num_slices:
     raise ValueError(

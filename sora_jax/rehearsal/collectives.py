@@ -62,7 +62,7 @@ def find(module: Module, mesh_shape: Mapping[str, int]) -> list[Collective]:
           axes=axes,
           group=2 if opcode == "collective-permute" else groups.shape[1],
           count=count,
-          payload=_payload(instruction, opcode, groups.shape[1]),
+          payload=_payload(instruction, opcode, groups.shape[1], _result(instructions, i)),
           overlapped=overlapped,
           exact=exact,
         )
@@ -106,8 +106,17 @@ def _named_groups(match: re.Match) -> np.ndarray:
   return ids.transpose(order).reshape(-1, members)
 
 
-def _payload(instruction: Instruction, opcode: str, group: int) -> int:
+def _result(instructions: list[Instruction], start: int) -> str:
+  """The shape of the results alone, which of an async start its done has: several arrays may go as one."""
+  name = instructions[start].name
+  dones = (i.shape for i in instructions[start + 1 :] if i.opcode.endswith("-done") and name in i.operands)
+  return next(dones, "") if instructions[start].opcode.endswith("-start") else ""
+
+
+def _payload(instruction: Instruction, opcode: str, group: int, result: str) -> int:
   """Bytes of the whole array on one device: gathered, or before it is reduced, exchanged or sent."""
+  if result:
+    return sum(hlo.shape_sizes(result)) * (group if opcode == "reduce-scatter" else 1)
   sizes = hlo.shape_sizes(instruction.shape)
   if opcode == "collective-permute":
     return sizes[0]

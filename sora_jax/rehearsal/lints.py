@@ -59,6 +59,8 @@ def torus(
   topology: Topology, visits: Mapping[str, Sequence[int]], mesh_shape: Mapping[str, int]
 ) -> list[Lint]:
   """Mesh axes of which a ring visits part of a torus dim: rings then share links or do not close."""
+  if topology.is_gpu:
+    return hosts(topology, visits, mesh_shape)
   found = []
   dims = (topology.num_slices, *topology.dims)
   sizes = sorted(
@@ -75,6 +77,23 @@ def torus(
         )
       )
   return found
+
+
+def hosts(
+  topology: Topology, visits: Mapping[str, Sequence[int]], mesh_shape: Mapping[str, int]
+) -> list[Lint]:
+  """Mesh axes whose exchanges, several a layer, would leave the links of a host for the network."""
+  chip, gpus = topology.chip, topology.dims[1]
+  return [
+    Lint(
+      "hosts",
+      f"mesh.{axis} = {mesh_shape[axis]} spans {visits[axis][1]} hosts of {topology.name}: exchanges take "
+      f"the network ({chip.network_rate / 1e9:.0f} GB/s) and not NVLink ({chip.link_rate / 1e9:.0f} GB/s); "
+      f"keep context x tensor a divisor of the {gpus} GPUs of a host",
+    )
+    for axis in ("context", "tensor")
+    if visits[axis][1] > 1
+  ]
 
 
 def overlap(collectives: Sequence[Collective]) -> list[Lint]:

@@ -12,6 +12,7 @@ from sora_jax import generate
 from sora_jax.diffusion.objectives import ObjectiveConfig
 from sora_jax.generate import SampleConfig
 from sora_jax.nn import attention, attention_chunked, attention_tpu
+from sora_jax.rehearsal import gpu
 from sora_jax.tasks import registry
 from sora_jax.training import feed
 from sora_jax.training import state as state_lib
@@ -48,6 +49,8 @@ def resolve_attention(config: ml_collections.ConfigDict) -> None:
 
 def attention_tile(backend: str, mesh: Mesh) -> tuple[int, int]:
   """Queries and keys of a tile on the devices of the mesh."""
+  if backend == "gpu":
+    return gpu.TILE
   if backend != "tpu":
     return attention_chunked.BLOCK_Q, attention_chunked.BLOCK_K
   blocks = attention_tpu.blocks_for(mesh.devices.flat[0].device_kind)

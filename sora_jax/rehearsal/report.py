@@ -71,7 +71,8 @@ def table(result: dict[str, Any]) -> str:
       f"transfers overlap; {result['serial_step_seconds']:.3g} s, {result['serial_mfu']:.1%} as scheduled"),
   ]  # fmt: skip
   lines = [f"{name:<21} {value}" for name, value in rows]
-  if result["effort"] <= -1:
+  lines += [f"{'note':<21} {note}" for note in result.get("notes", ())]
+  if result["effort"] <= -1 and "notes" not in result:
     lines.append(f"{'note':<21} compiled at --effort=-1: nothing overlaps; --effort=0 shows what does")
   lines.append(f"{'collectives':<21} {'axes':<16} {'runs':>7} {'GB sent':>9} {'overlapped':>11}")
   for kind, by_axes in result["collectives"].items():

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from sora_jax.models.dit import DiTConfig
 from sora_jax.parallel.peaks import Chip
+from sora_jax.rehearsal import gpu
 from sora_jax.rehearsal import topology as topology_lib
 from sora_jax.rehearsal.collectives import Collective
 from sora_jax.rehearsal.mix import Counted
@@ -49,8 +50,9 @@ def tile_flops(config: DiTConfig, counted: Counted, *, train: bool) -> float:
   """FLOPs of self-attention on live tiles, over all layers and rows."""
   passes = _FORWARD
   if train:
-    # These policies keep what attention put out; the others run its forward pass again.
-    again = 0 if config.remat in ("none", "dots", "attention") else _FORWARD
+    # These policies keep what attention put out, cuDNN's aside; the others run its forward pass again.
+    keeping = ("none",) if config.attention == "gpu" else ("none", "dots", "attention")
+    again = 0 if config.remat in keeping else _FORWARD
     passes = _FORWARD + _BACKWARD + again
   return 2.0 * passes * counted.live_tiles * math.prod(counted.tile) * config.width * config.depth
 
@@ -96,6 +98,8 @@ def collective_seconds(
 ) -> tuple[float, float]:
   """(links, network) seconds per step of one collective, from the bytes that each device sends."""
   chip, dims = topology.chip, topology.dims
+  if topology.is_gpu:
+    return gpu.collective_seconds(c, visits, chip)
   sizes = np.prod([visits[axis] for axis in c.axes], axis=0)
   slices, torus = int(sizes[0]), [int(n) for n in sizes[1 : 1 + len(dims)]]
   links = sum(

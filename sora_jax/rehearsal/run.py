@@ -1,5 +1,6 @@
 """One rehearsal: a config, a topology and a mode to a table of figures and lints."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import math
@@ -12,9 +13,9 @@ from jax.sharding import Mesh
 
 from sora_jax.models.dit import DiTConfig
 from sora_jax.packing.geometry import Patch
-from sora_jax.parallel import flags, peaks
+from sora_jax.parallel import flags
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
-from sora_jax.rehearsal import collectives, hlo, lints, mix, program, roofline, topology, traffic
+from sora_jax.rehearsal import collectives, gpu, hlo, lints, mix, program, roofline, topology, traffic
 from sora_jax.rehearsal.lints import Lint
 from sora_jax.rehearsal.mix import Counted
 from sora_jax.rehearsal.program import Compiled, OutOfMemoryError
@@ -54,12 +55,28 @@ def rehearse(
   effort: float = FAST,
 ) -> dict[str, Any]:
   """The figures of docs/rehearsal.md; `fits` is true where no lint fails."""
+  with gpu.cudnn_assumed() if at.is_gpu else contextlib.nullcontext():
+    return _rehearse(name, config, spec=spec, patch=patch, at=at, mode=mode, effort=effort)
+
+
+def _rehearse(
+  name: str,
+  config: ml_collections.ConfigDict,
+  *,
+  spec: BatchSpec,
+  patch: Patch,
+  at: Topology,
+  mode: str,
+  effort: float,
+) -> dict[str, Any]:
   if mode not in program.MODES:
     raise ValueError(f"--mode={mode} is none of {', '.join(program.MODES)}")
   config = ml_collections.ConfigDict(config.to_dict())
+  mesh = make_mesh(registry.section(MeshConfig, config, "mesh"), topology.describe(at))
+  if at.is_gpu:
+    gpu.resolve_attention(config, registry.section(DiTConfig, config, "model"), spec.samples)
   program.resolve_attention(config)
   model = registry.section(DiTConfig, config, "model")
-  mesh = make_mesh(registry.section(MeshConfig, config, "mesh"), topology.describe(at))
   sizes = registry.section(RehearseConfig, config, "rehearse").mix
   tile = program.attention_tile(model.attention, mesh)
   counted = mix.count(sizes, spec, patch, width=model.width, tile=tile)
@@ -79,13 +96,16 @@ def rehearse(
     "devices": mesh.size, "mesh": shape, "params": setup.num_params, "attention": model.attention,
     "tile": tile,
     "remat": model.remat, "mix": config.rehearse.mix, "rows": spec.rows, "row_tokens": spec.tokens,
-    "versions": {p: importlib.metadata.version(p) for p in ("jax", "libtpu")}, "effort": effort,
+    "versions": {p: importlib.metadata.version(p) for p in ("jax", at.compiler)}, "effort": effort,
     "hbm_limit_bytes": at.chip.hbm_bytes,
     **_counts(setup, model, counted, mode, spec),
   }  # fmt: skip
   if any(lint.name == "batch" for lint in found):  # no such program can be built
     return _unfit(result, found)
-  options = {**flags.flags_of(at.chip.generation), "exec_time_optimization_effort": effort}
+  options = {
+    **({} if at.is_gpu else flags.flags_of(at.chip.generation)),
+    "exec_time_optimization_effort": effort,
+  }
   try:
     compiled = program.compile_program(config, setup, mode, options)
   except OutOfMemoryError as error:
@@ -136,6 +156,8 @@ def _figures(
   module = hlo.parse(compiled.text)
   moved = collectives.find(module, mesh.shape)
   found = [*found, *lints.memory(compiled.memory["peak"], at.chip.hbm_bytes)]
+  if at.is_gpu:
+    result["notes"] = gpu.notes(compiled.memory["peak"], at.chip.hbm_bytes)
   if result["effort"] > FAST:  # at the least effort the compiler overlaps nothing
     found += lints.overlap(moved)
   steps, scale = 1, 1.0
@@ -156,7 +178,7 @@ def _figures(
     topology=at,
     mesh=mesh,
   )
-  rate = peaks.CHIPS[at.chip.generation].flops * mesh.size
+  rate = at.chip.flops * mesh.size
   useful = scale * result["model_flops_per_step"]
   return {
     **result,

@@ -1,4 +1,4 @@
-"""The devices of a slice that is not there, for a compiler to aim at."""
+"""The devices of a slice, or of hosts with GPUs, that is not there, for a compiler to aim at."""
 
 import dataclasses
 import importlib.util
@@ -11,6 +11,7 @@ import jax
 from jax.experimental import topologies
 
 from sora_jax.parallel.peaks import CHIPS, Chip
+from sora_jax.rehearsal import gpu
 
 _NAME = re.compile(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?")
 _NO_LIBTPU = "rehearsing a TPU topology needs libtpu, no TPU: pip install '.[rehearse]' in the clone (large)"
@@ -18,12 +19,21 @@ _NO_LIBTPU = "rehearsing a TPU topology needs libtpu, no TPU: pip install '.[reh
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Topology:
-  """v5p:8x8x8*2 = two slices, each a torus of 8 x 8 x 8 chips."""
+  """v5p:8x8x8*2 = two slices, each a torus of 8 x 8 x 8 chips; h200:8x4 = 8 hosts of 4 GPUs, no slices."""
 
   name: str
   chip: Chip
   dims: tuple[int, ...]
   num_slices: int
+
+  @property
+  def is_gpu(self) -> bool:
+    return self.chip.generation in gpu.GPUS
+
+  @property
+  def compiler(self) -> str:
+    """The package that compiles for it, once `describe` has found one."""
+    return gpu.compiler() if self.is_gpu else "libtpu"
 
   @property
   def key(self) -> str:
@@ -38,20 +48,25 @@ def parse(name: str, num_slices: int = 0) -> Topology:
   match = _NAME.fullmatch(name)
   if not match:
     raise ValueError(f"topology {name!r} is not GENERATION:AxBxC or GENERATION:AxBxC*SLICES, as v5p:8x8x8*2")
-  if match[1] not in CHIPS:
-    raise ValueError(
-      f"topology {name!r}: chip generation {match[1]!r} is none of {', '.join(CHIPS)} "
-      "(GPUs are not rehearsed yet)"
-    )
-  chip, dims = CHIPS[match[1]], tuple(int(n) for n in match[2].split("x"))
+  known = CHIPS | gpu.GPUS
+  if match[1] not in known:
+    raise ValueError(f"topology {name!r}: chip generation {match[1]!r} is none of {', '.join(known)}")
+  chip, dims = known[match[1]], tuple(int(n) for n in match[2].split("x"))
   if len(dims) != chip.torus_dims or min(dims) < 1:
-    raise ValueError(f"topology {name!r}: a {chip.generation} slice has {chip.torus_dims} dims of at least 1")
+    what = (
+      f"{chip.generation} (hosts x GPUs)" if chip.generation in gpu.GPUS else f"a {chip.generation} slice"
+    )
+    raise ValueError(f"topology {name!r}: {what} has {chip.torus_dims} dims of at least 1")
   slices = num_slices or int(match[3] or 1)
+  if slices > 1 and chip.generation in gpu.GPUS:
+    raise ValueError(f"topology {name!r}: GPUs have no slices; their hosts are the first dim, as h200:8x8")
   return Topology(name=f"{match[1]}:{match[2]}", chip=chip, dims=dims, num_slices=slices)
 
 
 def describe(topology: Topology) -> list[jax.Device]:
   """Its devices, which compile but do not run; ValueError where the compiler lacks or refuses it."""
+  if topology.is_gpu:
+    return gpu.describe(topology.chip, *topology.dims)
   if importlib.util.find_spec("libtpu") is None:
     raise ValueError(_NO_LIBTPU)
   # Lest libtpu ask a metadata server, which only a TPU VM has, who it is.
@@ -75,5 +90,7 @@ def physical_dims(topology: Topology, devices: Sequence[jax.Device]) -> list[int
 
 
 def place(topology: Topology, device: jax.Device) -> tuple[int, ...]:
+  if topology.is_gpu:
+    return 0, device.process_index, device.id % topology.dims[1], 0
   coords = tuple(device.coords)[: len(topology.dims)]
   return (getattr(device, "slice_index", 0) or 0, *coords, getattr(device, "core_on_chip", 0))

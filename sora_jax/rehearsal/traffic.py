@@ -6,6 +6,7 @@ from sora_jax.rehearsal.hlo import Instruction, Module
 _FREE = (
   "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota",
   "after-all", "partition-id", "copy-done", "all-gather-done", "all-reduce-done", "collective-permute-done",
+  "reduce-scatter-done", "all-to-all-done",
   "async-done", "async-update", "optimization-barrier",
 )  # fmt: skip
 
