@@ -34,6 +34,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("num_slices", 0, "Slices of that topology; 0 = 1, or what follows a * in its name.")
   flags.DEFINE_enum("mode", "train", ["train", "sample"], "Which program.")
   flags.DEFINE_string("json", "", "File for the figures: an object, or a list of several.")
+  flags.DEFINE_string("hlo", "", "File for the text of the compiled module, of the last program.")
   flags.DEFINE_bool("all", False, "Every configs/t2v_*.py on the topologies it names.")
   flags.DEFINE_float("effort", FAST, "Effort of the compiler on speed, -1 (fastest to compile) to 1.")
   flags.DEFINE_bool("check_golden", False, "Fail where figures differ from tests/golden/rehearse.")
@@ -52,8 +53,9 @@ def main(argv: list[str]) -> int:
       raise ValueError(f"{name} names no topology in config.rehearse.topologies; give --topology=v5p:8x8x8")
     for at in (topology.parse(t, FLAGS.num_slices) for t in wanted):
       result = rehearse(
-        name, config, spec=batch_spec(data), patch=data.patch, at=at, mode=FLAGS.mode, effort=FLAGS.effort
-      )
+        name, config, spec=batch_spec(data), patch=data.patch, at=at, mode=FLAGS.mode, effort=FLAGS.effort,
+        hlo_file=FLAGS.hlo,
+      )  # fmt: skip
       results.append(result)
       print(report.table(result) if "times" in result else report.refusal(result), end="\n\n", flush=True)
       failed |= not result["fits"]

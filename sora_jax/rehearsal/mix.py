@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from sora_jax.packing import geometry, plan
+from sora_jax.packing import geometry, hashing, plan
 from sora_jax.packing.geometry import ClipSpec, Patch
 from sora_jax.types import BatchSpec, TokenBatch
 
@@ -48,7 +48,7 @@ def count(name: str, spec: BatchSpec, patch: Patch, *, width: int, tile: tuple[i
   lengths = np.array([math.prod(g) for g in grids])
   mean = float(lengths @ np.array(shares)) / sum(shares)
   num = math.ceil(1.3 * spec.rows * min(spec.tokens / mean, spec.samples)) + 1
-  drawn = np.searchsorted(np.cumsum(shares) / sum(shares), plan.uniform(0, np.arange(num)), side="right")
+  drawn = np.searchsorted(np.cumsum(shares) / sum(shares), hashing.uniform(0, np.arange(num)), side="right")
   cost = (24.0 * width, 4.0)
   # As many samples as these rows hold.
   num = min(num, int(np.searchsorted(np.cumsum(lengths[drawn]), spec.rows * spec.tokens, side="right")))

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -52,8 +53,9 @@ def rehearse(
   at: Topology,
   mode: str = "train",
   effort: float = FAST,
+  hlo_file: str = "",
 ) -> dict[str, Any]:
-  """The figures of docs/rehearsal.md; `fits` is true where no lint fails."""
+  """The figures of docs/rehearsal.md; `fits` is true where no lint fails. `hlo_file` gets the module's text."""
   if mode not in program.MODES:
     raise ValueError(f"--mode={mode} is none of {', '.join(program.MODES)}")
   config = ml_collections.ConfigDict(config.to_dict())
@@ -96,6 +98,8 @@ def rehearse(
     else:
       found += lints.memory(error.needed, limit, at_least=True)
     return _unfit(result, found)
+  if hlo_file:
+    Path(hlo_file).write_text(compiled.text)
   return _figures(result, found, config, setup, compiled, at, mesh)
 
 
