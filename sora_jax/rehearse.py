@@ -93,7 +93,7 @@ def _golden(result: dict, name: str) -> bool:
     return True
   differences = report.compare_golden(path, result)
   if differences is None:
-    print(f"note: {name} is of other versions of jax or libtpu; not compared", file=sys.stderr)
+    print(f"note: {name} is of other versions or another effort; not compared", file=sys.stderr)
   for line in differences or []:
     print(f"golden {name}: {line}", file=sys.stderr)
   return not differences

@@ -55,7 +55,7 @@ def rehearse(
   effort: float = FAST,
   hlo_file: str = "",
 ) -> dict[str, Any]:
-  """The figures of docs/rehearsal.md; `fits` is true where no lint fails. `hlo_file` gets the module's text."""
+  """The figures of docs/rehearsal.md; `fits` = no lint fails. `hlo_file` gets the module's text."""
   if mode not in program.MODES:
     raise ValueError(f"--mode={mode} is none of {', '.join(program.MODES)}")
   config = ml_collections.ConfigDict(config.to_dict())
