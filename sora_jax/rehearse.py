@@ -39,6 +39,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("num_slices", 0, "Slices of that topology; 0 = 1, or what follows a * in its name.")
   flags.DEFINE_enum("mode", "train", ["train", "sample"], "Which program.")
   flags.DEFINE_string("json", "", "File for the figures: an object, or a list of several.")
+  flags.DEFINE_string("hlo", "", "File for the text of the compiled module, of the last program.")
   flags.DEFINE_bool("all", False, "Every configs/t2v_*.py on the topologies it names.")
   flags.DEFINE_float("effort", FAST, "Effort of the compiler on speed, -1 (fastest to compile) to 1.")
   flags.DEFINE_bool("check_golden", False, "Fail where figures differ from tests/golden/rehearse.")
@@ -57,8 +58,9 @@ def main(argv: list[str]) -> int:
       raise ValueError(f"{name} names no topology in config.rehearse.topologies; give --topology=v5p:8x8x8")
     for at in (topology.parse(t, FLAGS.num_slices) for t in wanted):
       result = rehearse(
-        name, config, spec=batch_spec(data), patch=data.patch, at=at, mode=FLAGS.mode, effort=FLAGS.effort
-      )
+        name, config, spec=batch_spec(data), patch=data.patch, at=at, mode=FLAGS.mode, effort=FLAGS.effort,
+        hlo_file=FLAGS.hlo,
+      )  # fmt: skip
       results.append(result)
       print(report.table(result) if "times" in result else report.refusal(result), end="\n\n", flush=True)
       failed |= not result["fits"]
@@ -96,7 +98,7 @@ def _golden(result: dict, name: str) -> bool:
     return True
   differences = report.compare_golden(path, result)
   if differences is None:
-    print(f"note: {name} is of other versions of jax or libtpu; not compared", file=sys.stderr)
+    print(f"note: {name} is of other versions or another effort; not compared", file=sys.stderr)
   for line in differences or []:
     print(f"golden {name}: {line}", file=sys.stderr)
   return not differences

@@ -228,7 +228,7 @@ def test_running_out_of_memory_is_read_from_the_compilers_words():
 
 def test_golden_files_show_what_changed(tmp_path):
   result = {
-    "versions": {"jax": "1"}, "params": 10, "devices": 4, "hbm_bytes": {"peak": 10 * 2**20},
+    "versions": {"jax": "1"}, "effort": -1.0, "params": 10, "devices": 4, "hbm_bytes": {"peak": 10 * 2**20},
     "collectives": {"all-gather": {"fsdp": {"count": 3, "bytes": 10**8}}},
   }  # fmt: skip
   path = tmp_path / "golden.json"
@@ -244,6 +244,7 @@ def test_golden_files_show_what_changed(tmp_path):
     "collectives/all-gather/fsdp/count: 3 -> 4",
   ]
   assert report.compare_golden(path, result | {"versions": {"jax": "2"}}) is None
+  assert report.compare_golden(path, result | {"effort": 0.0}) is None
 
 
 def test_flag_sets_are_kept_apart_by_generation():

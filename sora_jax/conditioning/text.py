@@ -11,6 +11,7 @@ from flax import nnx
 from sora_jax.conditioning.tokenizer import NULL_ID
 from sora_jax.nn import layers
 from sora_jax.nn.attention import attend
+from sora_jax.nn.layout import by_rows
 from sora_jax.types import Array, TokenBatch
 
 
@@ -61,9 +62,9 @@ class TextEncoder(nnx.Module):
     """Returns text_BMD (fp32) and pooled_BND, the mean over each sample's tokens."""
     segment = batch.text_segment_BM
     place = jnp.minimum(place_in_segment(segment), self.config.max_tokens - 1)
-    x = self.table[...][batch.text_ids_BM] + self.position[...][place]
+    x = by_rows(self.table[...][batch.text_ids_BM]) + by_rows(self.position[...][place])
     for block in self.blocks:
-      x = block(x, segment)
+      x = by_rows(block(x, segment))
     x = layers.layer_norm(x)
     one_hot = layers.slot_one_hot(segment, batch.fps_BN.shape[1] + 1)[..., 1:]
     total = jnp.einsum("bmn,bmd->bnd", one_hot, x)

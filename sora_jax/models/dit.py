@@ -15,6 +15,7 @@ from flax import nnx
 
 from sora_jax.models.blocks import Block, BlockContext, modulate
 from sora_jax.nn import layers
+from sora_jax.nn.layout import by_rows
 from sora_jax.types import Array, TokenBatch
 
 # width, depth, heads: Peebles and Xie 2023, table 1; XS is for two CPU cores
@@ -110,13 +111,12 @@ class DiT(nnx.Module):
     # Given tokens and padding look up slot 0.
     slot_BL = jnp.where(batch.given_BL, 0, batch.segment_BL)
     one_hot = layers.slot_one_hot(slot_BL, slots)
-    condition = jax.nn.silu(self._condition(t_BN, batch, pooled_BND))
-    x = self.patch_in(self.patch_down(z_BLC) if self.patch_down else z_BLC) + self.position_in(
-      _position_features(batch)
-    )
+    condition = by_rows(jax.nn.silu(self._condition(t_BN, batch, pooled_BND)))
+    patches = self.patch_in(self.patch_down(z_BLC) if self.patch_down else z_BLC)
+    x = patches + self.position_in(_position_features(batch))
     context = BlockContext(
       segment_BL=batch.segment_BL,
-      text_BMD=self.text_in(text_BMD),
+      text_BMD=by_rows(self.text_in(text_BMD)),
       text_segment_BM=batch.text_segment_BM,
       angles_BLP=layers.rotary_angles(
         batch.position_BL3, self.config.width // self.config.heads, self.config.rope_theta
@@ -124,7 +124,7 @@ class DiT(nnx.Module):
       one_hot_BLN=one_hot,
       condition_BND=condition,
     )
-    x = self._run_blocks(x, context)
+    x = self._run_blocks(by_rows(x, tokens=True), context)
     shift, scale = jnp.split(layers.spread(one_hot, self.final_modulation(condition)), 2, axis=-1)
     return self.patch_out(modulate(x, shift, scale).astype(self.dtype)).astype(jnp.float32)
 
@@ -140,7 +140,7 @@ class DiT(nnx.Module):
     graph, stacked = nnx.split(self.blocks)
 
     def body(x, params):
-      return nnx.merge(graph, params)(x, context, config.attention), None
+      return by_rows(nnx.merge(graph, params)(x, context, config.attention), tokens=True), None
 
     if config.remat != "none":
       body = jax.checkpoint(body, policy=remat_policy(config.remat), prevent_cse=False)

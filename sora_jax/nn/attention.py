@@ -17,18 +17,17 @@ import functools
 import math
 
 import jax
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from sora_jax.nn import attention_context, attention_gpu
+from sora_jax.nn import attention_context, attention_gpu, layout
 from sora_jax.nn.attention_chunked import chunked
 from sora_jax.nn.attention_dense import DENSE, attend_dense
 from sora_jax.nn.attention_pair import Pair, attend_with
 from sora_jax.nn.attention_tpu import tpu
+from sora_jax.nn.layout import ROW_AXES
 from sora_jax.types import Array
 
 BACKENDS = ("auto", "dense", "chunked", "tpu", "gpu")
-ROW_AXES = ("replica", "fsdp")
 # Longest row, in tokens, that "auto" gives to the dense backend. On 2 CPU cores (6 heads of 64, fp32, forward
 # and backward) dense takes 0.7 of the time of chunked at 128 tokens, 1.0 to 1.3 at 256 and, with four samples
 # a row, 3 at 1,024: its scores leave the cache.
@@ -57,10 +56,7 @@ def attend(
     raise ValueError(f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}")
   args = (q_BLKS, k_BMKS, v_BMKS, q_segment_BL, k_segment_BM)
   run, pair = _backend(backend, q_BLKS, k_BMKS, num_segments)
-  mesh = jax.sharding.get_abstract_mesh()
-  # Axes that are manual already belong to a shard_map around this call.
-  axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
-  free = {axis: size for axis, size, kind in axes if kind == AxisType.Auto}
+  free = layout.free_axes()
   if math.prod(free.values()) > 1:
     run, in_specs, out_spec = _layout(run, pair, q_BLKS.shape, k_BMKS.shape[1], free)
     args = (*(_before_exchange(x, in_specs[0], free) for x in args[:3]), *args[3:])
@@ -110,7 +106,7 @@ def _with_dtype(run, dtype, *args):
 
 def _layout(run, pair: Pair, shape, num_keys: int, free: dict[str, int]):
   """(function of a shard, specs of its arguments, spec of its result)"""
-  rows, tensor = _dividing(shape[0], ROW_AXES, free), _dividing(shape[2], ("tensor",), free)
+  rows, tensor = layout.dividing(shape[0], ROW_AXES, free), layout.dividing(shape[2], ("tensor",), free)
   tokens, context = shape[1], free.get("context", 1)
   heads = shape[2] // math.prod(free[axis] for axis in tensor)
   spread, whole, segment = P(rows, "context", tensor, None), P(rows, None, tensor, None), P(rows, None)
@@ -122,7 +118,7 @@ def _layout(run, pair: Pair, shape, num_keys: int, free: dict[str, int]):
       run = functools.partial(attention_context.attend_ring, pair, "context", ulysses, ring)
       return run, (spread, spread, spread, segment, segment), spread
   # Tensor first: heads that tensor parallelism has split already then move within a context group only.
-  x = P(rows, None, _dividing(shape[2], ("tensor", "context"), free), None)
+  x = P(rows, None, layout.dividing(shape[2], ("tensor", "context"), free), None)
   return run, (x, x, x, segment, segment), x
 
 
@@ -137,12 +133,3 @@ def _before_exchange(x_BLKS: Array, spec: P, free: dict[str, int]) -> Array:
     return x_BLKS
   kept = tuple(axis for axis in heads if axis != "context")
   return jax.lax.with_sharding_constraint(x_BLKS, P(rows, "context", kept, None))
-
-
-def _dividing(size: int, axes: tuple[str, ...], free: dict[str, int]) -> tuple[str, ...]:
-  """The leading `axes` whose sizes together divide `size`, skipping those that would not."""
-  taken = ()
-  for axis in axes:
-    if axis in free and size % math.prod(free[a] for a in (*taken, axis)) == 0:
-      taken += (axis,)
-  return taken

@@ -27,12 +27,22 @@ _SPARSE_CORE = {
   "xla_tpu_use_tc_device_shape_on_sc": "true",
 }
 
+# Products are not split into rings of partial products ("collective matmul"): thousands of small permutations
+# and several times the compile time, where asynchronous collectives hide the same transfers.
+_NO_RINGS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
 # VMEM that one fused operation may take, KiB, of 128 MiB a core (v5e, v5p, v6e) and 64 MiB (tpu7x).
 FLAGS: dict[str, dict[str, str]] = {
-  "v5e": {**_OVERLAP, **_DATA_PARALLEL, "xla_tpu_scoped_vmem_limit_kib": "65536"},
-  "v5p": {**_OVERLAP, **_DATA_PARALLEL, "xla_tpu_scoped_vmem_limit_kib": "65536"},
-  "v6e": {**_OVERLAP, **_DATA_PARALLEL, "xla_tpu_scoped_vmem_limit_kib": "98304"},
-  "tpu7x": {**_OVERLAP, **_DATA_PARALLEL, **_SPARSE_CORE, "xla_tpu_scoped_vmem_limit_kib": "49152"},
+  "v5e": {**_OVERLAP, **_DATA_PARALLEL, **_NO_RINGS, "xla_tpu_scoped_vmem_limit_kib": "65536"},
+  "v5p": {**_OVERLAP, **_DATA_PARALLEL, **_NO_RINGS, "xla_tpu_scoped_vmem_limit_kib": "65536"},
+  "v6e": {**_OVERLAP, **_DATA_PARALLEL, **_NO_RINGS, "xla_tpu_scoped_vmem_limit_kib": "98304"},
+  "tpu7x": {
+    **_OVERLAP,
+    **_DATA_PARALLEL,
+    **_NO_RINGS,
+    **_SPARSE_CORE,
+    "xla_tpu_scoped_vmem_limit_kib": "49152",
+  },
 }
 
 

@@ -20,11 +20,15 @@ PEAK_BF16 = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-  """Rates of one JAX device, in bytes and FLOPs per second.
+  """Rates of one JAX device, in bytes and FLOPs per second, as the vendor states them, per chip:
 
-  Compute, HBM capacity and HBM rate: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}. Links and network:
-  Austin et al. 2025, jax-ml.github.io/scaling-book, "TPU specs" and "networking"; those of tpu7x follow from
-  the vendor's 1,200 GB/s per chip (both ways, 6 links) and its two devices per chip sharing them.
+  v5e    197 TFLOP/s, HBM 819 GB/s, links 400 GB/s both ways over 4, network 6.4 Tb/s over a pod of 256
+  v5p    459 TFLOP/s, HBM 2,765 GB/s, links 1,200 GB/s both ways over 6, network 50 Gb/s
+  v6e    918 TFLOP/s, HBM 1,638 GB/s, links 800 GB/s both ways over 4, network 100 Gb/s
+  tpu7x  2,307 TFLOP/s, HBM 7,380 GB/s, links 1,200 GB/s both ways over 6, network 100 Gb/s; two devices
+
+  Sources: docs.cloud.google.com/tpu/docs/v5e, .../v5p, .../v6e, .../tpu7x (network of v6e: the last). Not on
+  those pages: that the links of a 3D torus are 6, and that a dim closes from 16 (v5e, v6e) or 4 chips on.
   `hbm_bytes` is what the compiler may use, as its own message on running out states it.
   """
 
@@ -42,15 +46,15 @@ CHIPS = {
   chip.generation: chip
   for chip in (
     Chip(
-      generation="v5e", flops=197e12, hbm_bytes=int(15.75 * 2**30), hbm_rate=8.1e11, link_rate=4.5e10,
+      generation="v5e", flops=197e12, hbm_bytes=int(15.75 * 2**30), hbm_rate=8.19e11, link_rate=5e10,
       torus_dims=2, wrap_from=16, network_rate=3.125e9,
     ),
     Chip(
-      generation="v5p", flops=459e12, hbm_bytes=int(95.74 * 2**30), hbm_rate=2.765e12, link_rate=9e10,
+      generation="v5p", flops=459e12, hbm_bytes=int(95.74 * 2**30), hbm_rate=2.765e12, link_rate=1e11,
       torus_dims=3, wrap_from=4, network_rate=6.25e9,
     ),
     Chip(
-      generation="v6e", flops=918e12, hbm_bytes=int(31.25 * 2**30), hbm_rate=1.64e12, link_rate=9e10,
+      generation="v6e", flops=918e12, hbm_bytes=int(31.25 * 2**30), hbm_rate=1.638e12, link_rate=1e11,
       torus_dims=2, wrap_from=16, network_rate=12.5e9,
     ),
     Chip(

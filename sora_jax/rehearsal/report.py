@@ -11,6 +11,7 @@ _TOLERANCE = 0.02  # of bytes; counts are exact
 def golden_part(result: dict[str, Any]) -> dict[str, Any]:
   return {
     "versions": result["versions"],
+    "effort": result["effort"],
     **{key: result[key] for key in GOLDEN_KEYS},
   }
 
@@ -21,11 +22,11 @@ def write_golden(path: Path, result: dict[str, Any]) -> None:
 
 
 def compare_golden(path: Path, result: dict[str, Any]) -> list[str] | None:
-  """Differences, one a line; None where the golden file was made by other versions of jax or libtpu."""
+  """Differences, one a line; None where other versions of jax or libtpu, or another effort, made the file."""
   if not path.is_file():
     return [f"{path.name} is missing; write it with --write_golden"]
   golden = json.loads(path.read_text())
-  if golden["versions"] != result["versions"]:
+  if any(golden[key] != result[key] for key in ("versions", "effort")):
     return None
   return _differences(golden, golden_part(result), "")
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -53,10 +54,12 @@ def rehearse(
   at: Topology,
   mode: str = "train",
   effort: float = FAST,
+  hlo_file: str = "",
 ) -> dict[str, Any]:
-  """The figures of docs/rehearsal.md; `fits` is true where no lint fails."""
+  """The figures of docs/rehearsal.md; `fits` = no lint fails. `hlo_file` gets the module's text."""
+  how = {"spec": spec, "patch": patch, "at": at, "mode": mode, "effort": effort, "hlo_file": hlo_file}
   with gpu.cudnn_assumed() if at.is_gpu else contextlib.nullcontext():
-    return _rehearse(name, config, spec=spec, patch=patch, at=at, mode=mode, effort=effort)
+    return _rehearse(name, config, **how)
 
 
 def _rehearse(
@@ -68,6 +71,7 @@ def _rehearse(
   at: Topology,
   mode: str,
   effort: float,
+  hlo_file: str,
 ) -> dict[str, Any]:
   if mode not in program.MODES:
     raise ValueError(f"--mode={mode} is none of {', '.join(program.MODES)}")
@@ -116,6 +120,8 @@ def _rehearse(
     else:
       found += lints.memory(error.needed, limit, at_least=True)
     return _unfit(result, found)
+  if hlo_file:
+    Path(hlo_file).write_text(compiled.text)
   return _figures(result, found, config, setup, compiled, at, mesh)
 
 
