@@ -174,6 +174,7 @@ def test_packed_attention_compiles_for_hopper(case, forward):
   assert calls(compiled_attention(**case)) == [forward, min(forward, 1)]
 
 
+@pytest.mark.slow
 @by_compiler
 def test_a_tiny_pod_is_rehearsed_as_a_user_would(tmp_path):
   out = tmp_path / "table.json"
