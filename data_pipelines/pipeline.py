@@ -94,14 +94,20 @@ class Pipeline:
 
   def counts(self, batch: TokenBatch) -> dict[str, tuple[int, int]]:
     """Of each source of a mixture: (samples, tokens) in a batch."""
-    ids = batch.sample_id_BN[batch.sample_id_BN != NO_SAMPLE]
-    slots = np.argwhere(batch.sample_id_BN != NO_SAMPLE)
-    tokens = [int((batch.segment_BL[b] == n + 1).sum()) for b, n in slots]
-    part_of = np.searchsorted(self._part_ends, ids, side="right")
-    return {
-      name: (int((part_of == p).sum()), int(np.bincount(part_of, tokens, minlength=p + 1)[p]))
-      for p, name in enumerate(self.parts)
-    }
+    is_sample = batch.sample_id_BN != NO_SAMPLE
+    part_of = np.searchsorted(self._part_ends, batch.sample_id_BN[is_sample], side="right")
+    samples = np.bincount(part_of, minlength=len(self.parts))
+    tokens = np.bincount(part_of, _tokens_BN(batch)[is_sample], minlength=len(self.parts))
+    return {name: (int(samples[p]), int(tokens[p])) for p, name in enumerate(self.parts)}
+
+  def tally(self, batch: TokenBatch) -> dict[str, float]:
+    """Metrics of a batch's rows, by the same names each time: tokens dropped, and a mixture by source."""
+    whole = np.prod(batch.grid_BN3, axis=-1, dtype=np.int64).sum()
+    tallied = {"dropped_tokens": float(whole - (batch.segment_BL > 0).sum())}
+    if len(self.parts) > 1:
+      for name, (samples, tokens) in self.counts(batch).items():
+        tallied |= {f"samples/{name}": float(samples), f"tokens/{name}": float(tokens)}
+    return tallied
 
   @functools.cached_property
   def infos(self) -> dict[int, SampleInfo]:
@@ -203,6 +209,20 @@ class Pipeline:
     return describe(
       self.source, self.fitted, self.plan, self.spec, self.loader.tokenize, rejects=rejects, parts=self.parts
     )
+
+
+def _tokens_BN(batch: TokenBatch) -> np.ndarray:
+  """Of each sample slot, in one pass."""
+  B, N = batch.sample_id_BN.shape
+  place = batch.segment_BL + np.arange(B)[:, None] * (N + 1)
+  return np.bincount(place.reshape(-1), minlength=B * (N + 1)).reshape(B, N + 1)[:, 1:]
+
+
+def part_ends(source: Source) -> dict[str, int]:
+  """Of the sources of a mixture: the first sample beyond each, by name."""
+  parts = getattr(source, "parts", ())
+  ends = np.cumsum([size for _, size, _ in parts]).tolist()
+  return dict(zip((name for name, *_ in parts), ends)) if len(parts) > 1 else {}
 
 
 class _Rows:

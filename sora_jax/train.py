@@ -16,7 +16,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec, build_source, split_ids
+from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec, build_source, part_ends, split_ids
 from data_pipelines.sources.base import NoCaptionsError, Source
 from sora_jax import cli, sample_grid
 from sora_jax.conditioning import tokenizer as tokenizer_lib
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
   hostlog.open_in(workdir, jax.process_index())
   source = readable_source(data)
   tokenizer = vocabulary(workdir, source, data, config.text)
-  task = registry.build(config, batch_spec=spec, vocab_size=tokenizer.vocab_size)
+  task = registry.build(config, batch_spec=spec, vocab_size=tokenizer.vocab_size, parts=part_ends(source))
   pipeline = Pipeline(source, data, spec, tokenizer)
   hostlog.say(str(pipeline.report()))
   resolved = json.loads(json.dumps(config.to_dict()))
@@ -111,6 +111,7 @@ def main(argv: list[str]) -> int:
     identity=IDENTITY,
     hooks=grids(config, pipeline, held_out, tokenizer),
     listener=listener,
+    count=pipeline.tally,
   )
   if result.preempted:
     return exits.PREEMPTED

@@ -4,15 +4,19 @@ import collections
 import dataclasses
 import itertools
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from data_pipelines import report
-from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec, build_source
+from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec, build_source, part_ends
 from data_pipelines.sources.registry import register
 from data_pipelines.sources.synthetic import SyntheticSource
+from sora_jax.diffusion.objectives import ObjectiveConfig
+from sora_jax.tasks import text_to_video
 from sora_jax.types import NO_SAMPLE
-from tests import media
+from tests import media, tiny_dit
 
 CONFIG = DataConfig(
   patch=(2, 8, 8),
@@ -96,6 +100,34 @@ def test_samples_are_those_of_their_sources_and_counted():
     assert sum(tokens for _, tokens in counts.values()) == (batch.segment_BL > 0).sum()
     fps = batch.fps_BN[batch.sample_id_BN >= 400]
     assert len(fps) and not fps.any()
+
+
+def test_the_tally_of_a_batch_is_that_of_its_samples():
+  sources = {"clips": {**CLIPS, "weight": 1}, "stills": {**STILLS, "weight": 1}}
+  pipeline = make(sources=sources, token_drop={"rate": 0.5, "stop_step": 1000})
+  for batch in take(pipeline, 2):
+    tally, kept = pipeline.tally(batch), int((batch.segment_BL > 0).sum())
+    assert tally["tokens/clips"] + tally["tokens/stills"] == kept
+    assert tally["samples/stills"] == (batch.sample_id_BN >= 400).sum()
+    assert tally["dropped_tokens"] == batch.grid_BN3.prod(-1).sum() - kept > kept / 2
+    for b, n in np.argwhere(batch.sample_id_BN >= 0)[:9]:
+      tally["tokens/stills" if batch.sample_id_BN[b, n] >= 400 else "tokens/clips"] -= (
+        batch.segment_BL[b] == n + 1
+      ).sum()
+    assert min(tally.values()) >= 0
+  assert part_ends(pipeline.source) == {"clips": 400, "stills": 490}
+  assert list(make(source="synthetic", num_samples=9).tally(batch)) == ["dropped_tokens"]
+
+
+def test_the_loss_of_each_source_sums_to_the_loss():
+  model = tiny_dit.task().init(nnx.Rngs(0))
+  batch, parts = tiny_dit.row(1), (("a", 4), ("b", 5), ("c", 99))
+  assert sorted(batch.sample_id_BN[batch.sample_id_BN >= 0])[:2] == [3, 4]
+  _, sums = text_to_video.loss(ObjectiveConfig(), model, batch, jax.random.key(0), parts=parts)
+  by_part = np.array([sums[f"loss/{name}"] for name, _ in parts])
+  np.testing.assert_allclose(by_part.sum(0), np.array(sums["loss"]), rtol=1e-5)
+  tokens = [((batch.segment_BL == n + 1) & ~batch.given_BL).sum() for n in range(3)]
+  assert by_part[:, 1].tolist() == tokens
 
 
 def test_images_and_videos_from_folders_with_options_of_their_own(tmp_path, capsys):

@@ -1,5 +1,7 @@
 """Config -> Task: the one place that knows every task by name."""
 
+from collections.abc import Mapping
+
 import ml_collections
 
 from sora_jax.conditioning.text import TextConfig
@@ -26,8 +28,15 @@ def text_config(config: ml_collections.ConfigDict, vocab_size: int) -> TextConfi
   return section(TextConfig, config, "text")
 
 
-def build(config: ml_collections.ConfigDict, *, batch_spec: BatchSpec, vocab_size: int) -> Task:
-  """The task that `config.task` names; `batch_spec` and `vocab_size` come from the data."""
+def build(
+  config: ml_collections.ConfigDict,
+  *,
+  batch_spec: BatchSpec,
+  vocab_size: int,
+  parts: Mapping[str, int] | None = None,
+) -> Task:
+  """The task that `config.task` names; the rest comes from the data: `parts` are its sources, where it has
+  several, by name, with the first sample_id beyond each."""
   if config.task != "text_to_video":
     raise ValueError(f"config.task={config.task!r} is unknown; tasks: text_to_video")
   return text_to_video.build(
@@ -35,4 +44,5 @@ def build(config: ml_collections.ConfigDict, *, batch_spec: BatchSpec, vocab_siz
     text_config=text_config(config, vocab_size),
     diffusion=section(ObjectiveConfig, config, "diffusion"),
     batch_spec=batch_spec,
+    parts=parts,
   )

@@ -1,6 +1,7 @@
 """Text-, image- and video-conditioned denoising of packed videos and images."""
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -33,13 +34,19 @@ class TextToVideo(nnx.Module):
 
 
 def build(
-  *, model: DiTConfig, text_config: TextConfig, diffusion: ObjectiveConfig, batch_spec: BatchSpec
+  *,
+  model: DiTConfig,
+  text_config: TextConfig,
+  diffusion: ObjectiveConfig,
+  batch_spec: BatchSpec,
+  parts: Mapping[str, int] | None = None,
 ) -> Task:
+  """`parts`: a loss of each source of a mixture, by name, with the first sample_id beyond it."""
   channels = batch_spec.channels
   return Task(
     name="text_to_video",
     init=lambda rngs: TextToVideo(model, text_config, channels=channels, rngs=rngs),
-    loss_fn=functools.partial(loss, diffusion),
+    loss_fn=functools.partial(loss, diffusion, parts=tuple((parts or {}).items())),
     eval_fn=functools.partial(held_out_loss, diffusion),
     flops_fn=functools.partial(model_flops, model, text_config, channels),
     batch_spec=batch_spec,
@@ -95,7 +102,14 @@ def token_sums(
   return jnp.where(counts, losses, 0.0), counts.astype(jnp.float32)
 
 
-def loss(config: ObjectiveConfig, model, batch: TokenBatch, key: Array) -> tuple[Array, Sums]:
+def loss(
+  config: ObjectiveConfig,
+  model,
+  batch: TokenBatch,
+  key: Array,
+  *,
+  parts: tuple[tuple[str, int], ...] = (),
+) -> tuple[Array, Sums]:
   """Sum of token losses at each sample's own random noise level."""
   keys = sample_keys(key, batch.sample_id_BN)
   time_keys, noise_keys, drop_keys = (
@@ -110,10 +124,24 @@ def loss(config: ObjectiveConfig, model, batch: TokenBatch, key: Array) -> tuple
   for i in range(NUM_BINS):
     inside = counts * (bins_BL == i)
     sums[f"loss/t{i / NUM_BINS:.1f}-{(i + 1) / NUM_BINS:.1f}"] = ((losses * inside).sum(), inside.sum())
+  sums |= losses_by_part(batch, losses, counts, parts)
   is_sample = batch.sample_id_BN != NO_SAMPLE
   sums["t_mean"] = (jnp.where(is_sample, t_BN, 0).sum(), is_sample.sum())
   sums["caption_drop"] = ((drop_BN & is_sample).sum(), is_sample.sum())
   return sums["loss"][0], sums
+
+
+def losses_by_part(
+  batch: TokenBatch, losses_BL: Array, counts_BL: Array, parts: tuple[tuple[str, int], ...]
+) -> Sums:
+  """Of each source of a mixture: samples of one have ids that follow on those of another."""
+  sums, first = {}, 0
+  for name, end in parts:
+    of_part_BN = (batch.sample_id_BN >= first) & (batch.sample_id_BN < end)
+    inside = counts_BL * spread_to_tokens(batch, of_part_BN)[..., 0]
+    sums[f"loss/{name}"] = ((losses_BL * inside).sum(), inside.sum())
+    first = end
+  return sums
 
 
 def held_out_loss(config: ObjectiveConfig, model, batch: TokenBatch) -> Sums:

@@ -1,7 +1,7 @@
 """Batches on their way to the devices."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -22,9 +22,16 @@ def batch_struct(task: Task) -> TokenBatch:
 class Feed:
   """Keeps the next batch on the device."""
 
-  def __init__(self, batches: Iterator[TokenBatch], setup: Setup, window: metrics.Window):
+  def __init__(
+    self,
+    batches: Iterator[TokenBatch],
+    setup: Setup,
+    window: metrics.Window,
+    count: Callable[[TokenBatch], dict[str, float]] | None = None,
+  ):
     struct = batch_struct(setup.task)
     self.batches, self.setup, self.window = batches, setup, window
+    self.count = count or (lambda batch: {})
     self.rows = struct.segment_BL.shape[0]
     self.shardings = mesh_lib.batch_sharding(setup.mesh, struct)
     self.held = None
@@ -35,7 +42,7 @@ class Feed:
     with self.window.waiting():
       batch = next(self.batches)
     waited = time.monotonic() - began
-    stats = metrics.HostStats.of(batch, self.setup.task.flops_fn(batch))
+    stats = metrics.HostStats.of(batch, self.setup.task.flops_fn(batch), self.count(batch))
     self.held = multihost.to_global(batch, self.shardings, self.rows), stats
     return waited
 

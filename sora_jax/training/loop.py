@@ -57,11 +57,13 @@ def fit(
   hooks: Sequence[Hook] = (),
   rules: Rules | None = None,
   listener: Sentinel | None = None,
+  count: Callable[[TokenBatch], dict[str, float]] | None = None,
 ) -> FitResult:
   """Trains `task` from the newest sound checkpoint of `workdir`, or from scratch, to `config.num_steps`.
 
   `resolved_config` is written beside the checkpoints; a workdir whose config differs under the `identity`
-  keys is refused. `listener` has been waiting for signals since before this call.
+  keys is refused. `listener` has been waiting for signals since before this call. `count` gives
+  metrics of this process's rows of a batch, by the same names each time; reported are sums over a window.
   """
   workdir, mesh = Path(workdir), mesh_lib.make_mesh(mesh)
   workdir.mkdir(parents=True, exist_ok=True)
@@ -97,21 +99,21 @@ def fit(
       eval_batches=eval_batches, hooks=tuple(hooks), resolved_config=resolved_config, listener=listener,
       watchdog=dog, account=account, profiler=profiler,
     )  # fmt: skip
-    result = _train(run, train_batches)
+    result = _train(run, train_batches, count)
     with dog.patience("finishing"):
       writer.scalars(result.step, account.metrics())
       writer.say(account.line())
     return result
 
 
-def _train(run: Run, train_batches: Batches) -> FitResult:
+def _train(run: Run, train_batches: Batches, count: Callable | None) -> FitResult:
   start, state, run = run_lib.restore_or_init(run)
   if start >= run.config.num_steps:
     run.writer.say(f"nothing to do: {run.workdir} is finished at step {start} of {run.config.num_steps}")
     return FitResult(step=start, loss=math.nan, evals={}, preempted=False, state=state, setup=run.setup)
   programs = run_lib.compile_programs(run)
   while True:
-    feed = Feed(guards.stream(train_batches, run.skips, start), run.setup, run.window)
+    feed = Feed(guards.stream(train_batches, run.skips, start), run.setup, run.window, count)
     try:
       return _steps(run, programs, feed, start, state)
     except guards.GoBackError as error:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -30,9 +31,14 @@ class HostStats:
   tiles: int
   rows: int
   dearest_row: float  # FLOPs; 0 where they are not known by row
+  counts: Mapping[str, float] = dataclasses.field(
+    default_factory=dict
+  )  # of the data: the same names every step
 
   @staticmethod
-  def of(batch: TokenBatch, flops: float | np.ndarray) -> "HostStats":
+  def of(
+    batch: TokenBatch, flops: float | np.ndarray, counts: Mapping[str, float] | None = None
+  ) -> "HostStats":
     """`flops` of the batch, or of each row."""
     blocks = attention_tpu.blocks_for()
     live_tiles, tiles = count_live(batch.segment_BL, blocks.q, blocks.k)
@@ -46,7 +52,15 @@ class HostStats:
       tiles=tiles,
       rows=len(batch.segment_BL),
       dearest_row=float(np.max(flops)) if np.ndim(flops) else 0.0,
+      counts=counts or {},
     )
+
+  def summed(self) -> np.ndarray:
+    """Everything but `counts`."""
+    return np.array([getattr(self, name) for name in _SUMMED], np.float64)
+
+
+_SUMMED = [f.name for f in dataclasses.fields(HostStats) if f.name != "counts"]
 
 
 def means(sums: Sums, prefix: str = "") -> dict[str, float]:
@@ -69,7 +83,8 @@ class Window:
 
   def reset(self) -> None:
     self.start, self.wait_s, self.steps, self.sums = time.monotonic(), 0.0, 0, None
-    self.grad_norm, self.last, self.stats = 0.0, {}, np.zeros(len(dataclasses.fields(HostStats)))
+    self.grad_norm, self.last, self.stats = 0.0, {}, np.zeros(len(_SUMMED))
+    self.counts: dict[str, float] = {}
     self.costs = []  # of each step: dearest row, all rows, number of rows
 
   @contextlib.contextmanager
@@ -91,16 +106,17 @@ class Window:
       self.sums = add_sums(self.sums, scalars["sums"])
       self.grad_norm = max(self.grad_norm, float(scalars["grad_norm"]))
     self.last = scalars
-    self.stats += tuple(vars(stats).values())  # astuple copies deeply: slow
+    self.stats += stats.summed()
+    self.counts = {name: self.counts.get(name, 0) + count for name, count in stats.counts.items()}
     self.costs.append((stats.dearest_row, stats.flops, stats.rows))
     self.steps += 1
 
   def report(self) -> dict[str, float]:
     """Metrics of the window; a collective."""
     elapsed = max(time.monotonic() - self.start, 1e-9)
-    totals = multihost.scalars_over_processes(*self.stats, self.wait_s)
+    totals = multihost.scalars_over_processes(*self.stats, *self.counts.values(), self.wait_s)
     tokens, slots, samples, unreadable, flops, live_tiles, tiles, *_, wait_s = totals
-    out = means(self.sums or {})
+    out = means(self.sums or {}) | dict(zip(self.counts, totals[len(_SUMMED) :]))
     out |= {
       "grad_norm": self.grad_norm,
       "lr": float(self.last["lr"]),
