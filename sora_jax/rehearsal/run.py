@@ -170,6 +170,7 @@ def _figures(
     "hbm_peak_bytes": compiled.memory["peak"],
     "compile_seconds": compiled.compile_seconds,
     "lower_seconds": compiled.lower_seconds,
+    "compile_cpu_seconds": compiled.cpu_seconds,
     "collectives": collectives.table(moved),
     "program_flops_per_step": flops,
     "times": dataclasses.asdict(seconds),
