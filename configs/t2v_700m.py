@@ -1,4 +1,4 @@
-"""Text to video, 0.7 B parameters (DiT-XL class), rows of 8,192 tokens, on 16 or 64 small chips.
+"""Text to video, 0.8 B parameters (DiT-XL class), rows of 8,192 tokens, on 16 or 64 small chips.
 
 python -m sora_jax.train --config=configs/t2v_700m.py --workdir=DIR --config.data.source=MANIFEST
 python -m sora_jax.rehearse --config=configs/t2v_700m.py
@@ -20,7 +20,7 @@ def get_config(preset: str = "") -> ml_collections.ConfigDict:
   # 1024 rather than DiT-XL's 1152: split over 64 chips it leaves whole tiles.
   config.model.width, config.model.depth, config.model.heads = 1024, 30, 16
   config.model.patch_bottleneck = 256
-  config.text.width, config.text.heads = 512, 8
+  config.text.width, config.text.depth, config.text.heads = 1024, 2, 16  # width: for the same reason
   config.data.rows = 64
   config.data.row_tokens = 8192  # of 16,384 a v5e would need 18.8 GiB
   config.data.row_samples = 32

@@ -59,9 +59,10 @@ def attend(
   free = layout.free_axes()
   if math.prod(free.values()) > 1:
     run, in_specs, out_spec = _layout(run, pair, q_BLKS.shape, k_BMKS.shape[1], free)
-    args = (*(_before_exchange(x, in_specs[0], free) for x in args[:3]), *args[3:])
+    args = (*(_by_tokens(x, in_specs[0], free) for x in args[:3]), *args[3:])
     # check_vma: loop carries start as constants, which that check takes for a mismatch.
     run = jax.shard_map(run, in_specs=in_specs, out_specs=out_spec, axis_names=set(free), check_vma=False)
+    return _by_tokens(run(*args), out_spec, free)
   return run(*args)
 
 
@@ -122,11 +123,12 @@ def _layout(run, pair: Pair, shape, num_keys: int, free: dict[str, int]):
   return run, (x, x, x, segment, segment), x
 
 
-def _before_exchange(x_BLKS: Array, spec: P, free: dict[str, int]) -> Array:
-  """Says of q, k and v that their tokens are split over context until they are exchanged for heads.
+def _by_tokens(x_BLKS: Array, spec: P, free: dict[str, int]) -> Array:
+  """Says of q, k, v and the result that outside the exchange for heads their tokens are split over context.
 
-  Else the partitioner splits the product that made all three over context by its columns; their thirds do not
-  lie where the heads do, and moving them there costs six times the bytes of the exchange.
+  Else the partitioner splits the product that made q, k and v over context by its columns; their thirds do
+  not lie where the heads do, and moving them there costs six times the bytes of the exchange. And it multiplies
+  the result by heads, then sums whole rows over context, six times the bytes again.
   """
   rows, _, heads, _ = spec
   if "context" not in (heads or ()) or free["context"] == 1 or x_BLKS.shape[1] % free["context"]:

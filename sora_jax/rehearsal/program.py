@@ -39,6 +39,7 @@ class Compiled:
   memory: dict[str, int]  # bytes on one device
   lower_seconds: float
   compile_seconds: float
+  cpu_seconds: float  # of all threads, tracing and compiling: what does not depend on what else runs
 
 
 def resolve_attention(config: ml_collections.ConfigDict) -> None:
@@ -87,7 +88,7 @@ def compile_program(
   config: ml_collections.ConfigDict, setup: Setup, mode: str, options: dict[str, str | bool | float]
 ) -> Compiled:
   """ValueError for a flag that the compiler does not know, OutOfMemoryError where it finds no room."""
-  began = time.monotonic()
+  began, cpu_began = time.monotonic(), time.process_time()
   lowered = lower(config, setup, mode)
   lowered_at = time.monotonic()
   try:
@@ -109,6 +110,7 @@ def compile_program(
     memory=memory,
     lower_seconds=lowered_at - began,
     compile_seconds=time.monotonic() - lowered_at,
+    cpu_seconds=time.process_time() - cpu_began,
   )
 
 

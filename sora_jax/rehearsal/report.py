@@ -66,7 +66,8 @@ def table(result: dict[str, Any]) -> str:
     ("model FLOPs per step", f"{result['model_flops_per_step']:.3g}"),
     ("live-tile FLOPs", f"{result['live_tile_flops_per_step']:.3g}; "
       f"{result['live_tile_share']:.1%} of tiles live"),
-    ("compiled in", f"{result['compile_seconds']:.1f} s (traced in {result['lower_seconds']:.1f} s)"),
+    ("compiled in", f"{result['compile_seconds']:.1f} s (traced in {result['lower_seconds']:.1f} s), "
+      f"{result['compile_cpu_seconds']:.0f} s of CPU"),
     ("seconds by unit", ", ".join(f"{unit} {s:.3g}" for unit, s in times.items())),
     ("roofline step", f"{result['roofline_step_seconds']:.3g} s, MFU {result['roofline_mfu']:.1%} if all "
       f"transfers overlap; {result['serial_step_seconds']:.3g} s, {result['serial_mfu']:.1%} as scheduled"),

@@ -34,9 +34,11 @@ FAST = -1.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RehearseConfig:
-  """`topologies` are those that --all compiles, as v5p:8x8x8 or v5p:8x8x8*2 for two slices."""
+  """`topologies` are those that --all compiles, as v5p:8x8x8 or v5p:8x8x8*2 for two slices; --ci only where
+  `ci` says so, for a compile of the largest takes minutes."""
 
   topologies: tuple[str, ...] = ()
+  ci: bool = True
   mix: str = "480p"  # sizes that the FLOPs are counted for; see rehearsal/mix.py
 
   def __post_init__(self):
@@ -192,6 +194,7 @@ def _figures(
     "hbm_peak_bytes": compiled.memory["peak"],
     "compile_seconds": compiled.compile_seconds,
     "lower_seconds": compiled.lower_seconds,
+    "compile_cpu_seconds": compiled.cpu_seconds,
     "collectives": collectives.table(moved),
     "program_flops_per_step": flops,
     "times": dataclasses.asdict(seconds),
