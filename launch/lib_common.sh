@@ -161,7 +161,8 @@ find_commit() { # allow_dirty
 
 # --- exit codes ---
 
-# done, restart or stop. 42 stopped and saved, 43 hang, 44 diverged or damaged, 127 and above: killed or aborted.
+# done, restart or stop. 42 stopped and saved, 43 hang, 44 diverged or damaged, 127 and above: killed or aborted, among
+# them 142: hung, where only SIGALRM could end it.
 meaning_of() {
   case "$1" in
     0) echo 'done' ;;
@@ -180,6 +181,7 @@ words_of() {
     44) echo "diverged, or its checkpoints are damaged" ;;
     134) echo "aborted (a peer was lost, or the runtime failed)" ;;
     137) echo "killed" ;;
+    142) echo "hung in the interpreter itself, ended by the watchdog" ;;
     *) echo "exit code $1" ;;
   esac
 }
