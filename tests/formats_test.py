@@ -294,3 +294,74 @@ def test_tars_that_are_odd(tmp_path, plain):
   put_tar(tmp_path / "bare.tar", [("c.mp4", clip)])
   with pytest.raises(ValueError, match="none of the 1 media files in .*bare.tar has a caption"):
     build(tmp_path / "bare.tar")
+
+
+# Every format of tables: (file, media column, caption column). What pair, list, classes and frames say of a
+# list that does not fit stands in the tests above.
+COLUMNED = {
+  "open_sora_csv": ("meta.csv", "path", "text"),
+  "open_sora_parquet": ("meta.parquet", "path", "text"),
+  "open_sora_parquet_shards": ("foo/0.parquet", "path", "text"),
+  "open_sora_plan": ("anno.json", "path", "cap"),
+  "videos2caption": ("videos2caption.json", "path", "cap"),
+  "hugging_face_csv": ("metadata.csv", "file_name", "text"),
+  "hugging_face_jsonl": ("metadata.jsonl", "file_name", "text"),
+  "diffsynth_video": ("metadata.csv", "video", "prompt"),
+  "diffsynth_image": ("list.csv", "image", "prompt"),
+  "videox_fun": ("videox.json", "file_path", "text"),
+  "ltx": ("ltx.csv", "media_path", "caption"),
+  "ltx_json": ("dataset.json", "media_path", "caption"),
+  "musubi": ("musubi.jsonl", "video_path", "caption"),
+  "videotuna": ("tuna.tsv", "path", "caption"),
+  "nemo": ("meta.json", "file_name", "vila_caption"),
+}
+
+
+@pytest.mark.parametrize("form", COLUMNED)
+@pytest.mark.parametrize("lost", ["media", "caption"])
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_column_that_is_not_there_is_named_with_its_file(root, form, lost, is_named):
+  file, media_key, text_key = COLUMNED[form]
+  gone = media_key if lost == "media" else text_key
+  records = [{"x" if k == gone else k: v for k, v in r.items()} for r in rows(media_key, text_key)]
+  path = root / file
+  path.parent.mkdir(exist_ok=True)
+  if path.suffix == ".parquet":
+    pq.write_table(pa.Table.from_pylist(records), path)
+    if form.endswith("shards"):  # the other one is sound
+      pq.write_table(pa.Table.from_pylist(rows(media_key, text_key)), path.with_name("1.parquet"))
+  elif path.suffix in (".csv", ".tsv"):
+    write_csv(path, records, "\t" if path.suffix == ".tsv" else ",")
+  else:
+    write_json(path, records, lines=path.suffix == ".jsonl")
+  if form == "open_sora_plan":
+    (root / "data.txt").write_text(".,anno.json\n")
+    path = root / "data.txt"
+  chosen = {f"{lost}_column": gone} if is_named else {}
+  with pytest.raises(ValueError) as e:
+    build(path.parent if "/" in file else path, **chosen)
+  message = str(e.value)
+  assert "\n" not in message and file in message, message
+  missing = f"has no column '{gone}'; it has" if is_named else f"has no {lost} column (one of "
+  assert missing in message and "; it has " in message and "x" in message.split("; it has ")[1], message
+  assert f"data.{lost}_column" in message
+
+
+@pytest.mark.parametrize("inside", ["folder", "caption_folders", "tar"])
+def test_a_column_of_one_sample_is_named_with_its_file(tmp_path, plain, inside):
+  wrong, right = json.dumps({"words": "x"}), json.dumps({"caption": "a box"})
+  if inside == "tar":
+    members = [(f"{n}.{e}", c) for n, t in zip("ab", (wrong, right)) for e, c in
+               (("mp4", clip_bytes(plain, n)), ("json", t.encode()))]  # fmt: skip
+    put_tar(tmp_path / "all.tar", members)
+  else:
+    put_clips(tmp_path / ("videos" if inside == "caption_folders" else ""), plain)
+    texts = tmp_path / ("metas" if inside == "caption_folders" else "")
+    texts.mkdir(exist_ok=True)
+    for name, text in zip("ab", (wrong, right)):
+      (texts / f"{name}.json").write_text(text)
+  source = build(tmp_path)
+  assert len(source) == 1
+  ((name, reason),) = source.rejects
+  assert name.endswith("a.mp4") and "\n" not in reason
+  assert "a.json has no caption column (one of " in reason and "; it has words" in reason

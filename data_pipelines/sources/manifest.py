@@ -14,7 +14,7 @@ from pathlib import Path
 from data_pipelines.sources import captions, paths, ranges
 from data_pipelines.sources.base import Entry, Found, ReadOptions, UnreadableError
 from data_pipelines.sources.frame_folders import list_frames
-from data_pipelines.sources.records import Record, read_records
+from data_pipelines.sources.records import Record, parquet_parts, read_records
 
 MEDIA_COLUMNS = (
   "path", "file_path", "video_path", "media_path", "file_name", "video", "image_path", "image", "file"
@@ -25,7 +25,14 @@ def read(manifest: Path, options: ReadOptions, *, within: Sequence[str] = ()) ->
   """`within`: sub-folders of the manifest's in which media may also lie."""
   folder = manifest if manifest.is_dir() else manifest.parent
   root = Path(options.data_root) if options.data_root else folder
-  return read_table(read_records(manifest), str(manifest), folder, root, options, within=within)
+  if manifest.suffix.lower() != ".parquet" and not manifest.is_dir():
+    return read_table(read_records(manifest), str(manifest), folder, root, options, within=within)
+  parts = parquet_parts(manifest)
+  for file, records in parts:  # one without a caption column, say, would else pass for one without captions
+    if records:
+      _columns_of(records, str(file), options)
+  records = [record for _, records in parts for record in records]
+  return read_table(records, str(manifest), folder, root, options, within=within)
 
 
 def read_table(
@@ -40,16 +47,7 @@ def read_table(
   """Media files in the order of the records."""
   if not records:
     raise ValueError(f"{where} has no records")
-  columns = list(dict.fromkeys(key for record in records for key in record))
-  media = _columns(where, columns, options.media_column, MEDIA_COLUMNS, "media")
-  texts = _columns(
-    where,
-    columns,
-    options.caption_column,
-    captions.COLUMNS,
-    "caption",
-    is_optional=options.captions_optional,
-  )
+  media, texts = _columns_of(records, where, options)
   entries, rejects = [], []
   for number, record in enumerate(records, 1):
     named = next((str(record[c]).strip() for c in media if record.get(c)), "")
@@ -66,6 +64,14 @@ def read_table(
       "--config.data.captions_optional=True"
     )
   return Found(root, entries, rejects)
+
+
+def _columns_of(records: list[Record], where: str, options: ReadOptions) -> tuple[list[str], list[str]]:
+  """(media, caption) columns."""
+  columns, is_optional = list(dict.fromkeys(k for r in records for k in r)), options.captions_optional
+  media = _columns(where, columns, options.media_column, MEDIA_COLUMNS, "media")
+  texts = _columns(where, columns, options.caption_column, captions.COLUMNS, "caption", is_optional)
+  return media, texts
 
 
 def _entry(

@@ -61,15 +61,19 @@ def _read_json(manifest: Path, text: str, *, lines: bool) -> list[Record]:
 
 def read_parquet(manifest: Path) -> list[Record]:
   """Of foo.parquet where it has rows, else of its shards foo/*.parquet; of a folder, its shards."""
+  return [record for _, records in parquet_parts(manifest) for record in records]
+
+
+def parquet_parts(manifest: Path) -> list[tuple[Path, list[Record]]]:
+  """The same by file."""
   shards = manifest if manifest.is_dir() else manifest.with_suffix("")
-  records = _rows(manifest) if manifest.is_file() else []
-  if not records and shards.is_dir():
-    # A shard that links out of the folder is not one of it.
-    home = shards.resolve()
-    files = [f for f in shards.glob("*.parquet") if home in f.resolve().parents]
-    for file in sorted(files, key=lambda f: paths.natural_key(f.name)):
-      records += _rows(file)
-  return records
+  whole = [(manifest, _rows(manifest))] if manifest.is_file() else []
+  if (whole and whole[0][1]) or not shards.is_dir():
+    return whole
+  # A shard that links out of the folder is not one of it.
+  home = shards.resolve()
+  files = [f for f in shards.glob("*.parquet") if home in f.resolve().parents]
+  return [(file, _rows(file)) for file in sorted(files, key=lambda f: paths.natural_key(f.name))]
 
 
 def _rows(file: Path) -> list[Record]:
