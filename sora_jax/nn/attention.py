@@ -127,8 +127,8 @@ def _by_tokens(x_BLKS: Array, spec: P, free: dict[str, int]) -> Array:
   """Says of q, k, v and the result that outside the exchange for heads their tokens are split over context.
 
   Else the partitioner splits the product that made q, k and v over context by its columns; their thirds do
-  not lie where the heads do, and moving them there costs six times the bytes of the exchange. And it multiplies
-  the result by heads, then sums whole rows over context, six times the bytes again.
+  not lie where the heads do, and moving them there costs six times the bytes of the exchange. The result it
+  multiplies as it lies, by heads, and sums whole rows over context: eight times the bytes.
   """
   rows, _, heads, _ = spec
   if "context" not in (heads or ()) or free["context"] == 1 or x_BLKS.shape[1] % free["context"]:
