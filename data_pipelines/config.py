@@ -91,6 +91,9 @@ class DataConfig:
     for key in ("rows", "row_tokens", "row_samples", "row_text_tokens", "packing_window", "prefetch"):
       if getattr(self, key) < 1:
         raise ValueError(f"data.{key}={getattr(self, key)} is below 1")
+    for key in ("max_tokens", "max_frames", "num_eval", "threads", "workers", "cache_mb"):
+      if getattr(self, key) < 0:
+        raise ValueError(f"data.{key}={getattr(self, key)} is below 0")
     if self.packing not in METHODS:
       raise ValueError(f"data.packing={self.packing!r} is none of {', '.join(METHODS)}")
     if self.max_tokens > self.row_tokens:

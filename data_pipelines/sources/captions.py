@@ -81,5 +81,5 @@ def require(entries: list, where: str, remedy: str, *, captions_optional: bool) 
   if entries and not captions_optional and not any(e.captions for e in entries):
     raise NoCaptionsError(
       f"none of the {len(entries)} media files in {where} has a caption: {remedy}, or set "
-      "--config.data.captions_optional=True"
+      "--captions_optional=True (in training: --config.data.captions_optional=True)"
     )

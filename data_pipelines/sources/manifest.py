@@ -61,7 +61,7 @@ def read_table(
   if entries and not options.captions_optional and not any(e.captions for e in entries):
     raise ValueError(
       f"every caption in {where} (column {', '.join(texts)}) is empty: fill them in or set "
-      "--config.data.captions_optional=True"
+      "--captions_optional=True (in training: --config.data.captions_optional=True)"
     )
   return Found(root, entries, rejects)
 
