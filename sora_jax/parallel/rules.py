@@ -36,7 +36,7 @@ def logical_names(variable: nnx.Variable) -> tuple[str | None, ...] | None:
 class Rules:
   """Which mesh axes each logical axis is split over; absent names and dims that do not divide are not.
 
-  Of several axes all are taken where that leaves every device whole tiles, else the first alone: parameters
+  Of several axes all are taken where that leaves every device `tile` rows, else the first alone: parameters
   split over context too need less memory, and their gradients are scattered at once where they would first be
   summed over context.
   """
@@ -50,7 +50,9 @@ class Rules:
   )
   small: int = 2**14  # elements below which a tensor without an fsdp dim may stay whole
   large: int = 1_000_000  # elements above which a tensor that stays whole is an error
-  tile: int = 16  # rows of a bf16 tile: less than one on a device, and gathers become padded all-reduces
+  # Rows of a shard below which libtpu gathers by all-reduce, at twice the bytes (0.0.42: so of 16 and 48, not
+  # of 64 and 96; docs/results.md).
+  tile: int = 64
 
   def spec(self, shape: tuple[int, ...], names: tuple[str | None, ...] | None, mesh: Mesh, path: str) -> P:
     names = (None,) * len(shape) if names is None else names
