@@ -86,12 +86,14 @@ def restore_or_init(run: Run) -> tuple[int, PyTree, Run]:
   """The newest sound checkpoint, or step 0; with the data that the run passed over so far."""
   with run.aside("restore"):
     found = run.checkpointer.restore(run.setup.abstract)
-    if found is None:
+  if found is None:
+    with run.aside("init"):
       step, state, meta = 0, state_lib.init_state(run.setup), {}
-    else:
-      step, state, meta = found
-      devices = meta["devices"]
-      run.writer.say(f"resumed at step {step} from {run.checkpointer.folder} (saved on {devices} devices)")
+  else:
+    step, state, meta = found
+    devices = meta["devices"]
+    run.writer.say(f"resumed at step {step} from {run.checkpointer.folder} (saved on {devices} devices)")
+  with run.aside("restore"):
     # The file is newer than a checkpoint that the run went back to.
     entries = guards.load_skips(run.workdir)
     skips = guards.Skips.of(meta.get("skips", []) if entries is None else entries)
