@@ -117,6 +117,17 @@ check_run_id() {
   check_form "$1" "$2" '[A-Za-z0-9][A-Za-z0-9._-]{0,62}' "a run id: letters, digits, . _ -, at most 63"
 }
 
+check_train_flags() { # what stands behind --
+  local flag
+  for flag in "$@"; do
+    case "$flag" in
+      --config | --config=* | --workdir | --workdir=*) fail "$flag after --: give it before --, to this script" ;;
+      --*) ;;
+      *) fail "'$flag' after --: flags of sora_jax.train have the form --KEY=VALUE" ;;
+    esac
+  done
+}
+
 check_config() {
   need --config "$1"
   local file="${1%%:*}"

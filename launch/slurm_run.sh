@@ -53,7 +53,9 @@ done
 
 check_config "$CONFIG"
 need --workdir "$WORKDIR"
+[[ "$WORKDIR" != *://* ]] || fail "--workdir=$WORKDIR: give a folder on a disk that all nodes mount, not an address"
 [[ "$WORKDIR" == /* ]] || WORKDIR="$PWD/$WORKDIR"
+check_train_flags ${TRAIN_FLAGS[@]+"${TRAIN_FLAGS[@]}"}
 need --nodes "$NUM_NODES"
 check_count --nodes "$NUM_NODES"
 need --gpus_per_node "$GPUS"

@@ -109,6 +109,7 @@ check() {
     gs://?*/?* | /*) ;;
     *) fail "--workdir=$WORKDIR: all workers must see it: gs://BUCKET/RUN, or the path of a disk they all mount" ;;
   esac
+  check_train_flags ${TRAIN_FLAGS[@]+"${TRAIN_FLAGS[@]}"}
   [[ "$WORKDIR" == gs://* ]] || say "note: $WORKDIR must be a disk that all workers mount, or checkpoints are lost"
   find_commit "$ALLOW_DIRTY"
 }

@@ -61,9 +61,8 @@ def test_the_jobset_of_a_topology(box, topology, accelerator, dims, hosts):
 
 
 def test_optional_parts_of_the_jobset(box):
-  bare = rendered(box, *[arg for arg in BASE if "workdir" not in arg], "--workdir=/shared/runs/x")
+  bare = rendered(box, *BASE)
   pod = bare["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
-  assert not pod["metadata"]["annotations"] and not pod["spec"]["volumes"]
   assert "serviceAccountName" not in pod["spec"]
   full = rendered(box, *BASE, "--spot", "--queue=q", "--service_account=trainer", "--namespace=ns")
   pod = full["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
@@ -180,6 +179,7 @@ def test_teardown(box):
     ("--image=a b", "is not the name of an image"),
     ("--workdir=gs://Bad Bucket/x", "is not a bucket"),
     ("--workdir=x", "all pods must see it"),
+    ("--workdir=/x/y", "would lie in each pod and be lost with it"),
     ("--backend=xpk", "--cluster is needed"),
   ],
 )

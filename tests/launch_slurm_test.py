@@ -87,6 +87,17 @@ def test_refuses_in_one_line(box, changed, says):
   assert done.returncode == 2 and not done.stdout and says in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize("flag, says", [("--workdir=b", "before --"), ("config.seed=1", "--KEY=VALUE")])
+def test_flags_of_training_that_cannot_be(box, flag, says):
+  done = box.run("slurm_run.sh", *arguments(box, "--dry_run", "--", flag))
+  assert done.returncode == 2 and not done.stdout and says in done.stderr.splitlines()[-1]
+
+
+def test_a_workdir_is_no_address(box):
+  done = box.run("slurm_run.sh", *arguments(box, "--workdir=gs://bucket/run", "--dry_run"))
+  assert done.returncode == 2 and "not an address" in done.stderr.splitlines()[-1]
+
+
 def test_a_job_to_its_end(box):
   flag = '--config.data.source=it\'s "here"'
   done = box.run("slurm_run.sh", *arguments(box, "--", flag))
