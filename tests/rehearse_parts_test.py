@@ -226,6 +226,23 @@ def test_running_out_of_memory_is_read_from_the_compilers_words():
   assert isinstance(unknown, ValueError) and "xla_tpu_foo" in str(unknown)
 
 
+def test_what_crosses_slices_is_counted_over_the_outermost_axis():
+  text = """HloModule m
+ENTRY %main (p: bf16[4]) -> bf16[4] {
+  %p = bf16[4]{0} parameter(0)
+  %t = token[] after-all()
+  %r = (bf16[48,8,128]{2,1,0:T(8,128)(2,1)}, u32[], token[]) recv(%t), channel_id=7, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_target="{1,2}x{0:511}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %f = bf16[4]{0} dot(%p, %p)
+  ROOT %d = (bf16[48,8,128]{2,1,0}, token[]) recv-done(%r)
+}
+"""
+  mesh = {"replica": 2, "fsdp": 64, "context": 8}
+  (found,) = collectives.find(hlo.parse(text), mesh)
+  assert (found.kind, found.axes, found.group, found.overlapped) == ("all-reduce", ("replica",), 2, True)
+  assert found.payload == found.bytes_per_step == 48 * 8 * 128 * 2
+
+
 def test_golden_files_show_what_changed(tmp_path):
   result = {
     "versions": {"jax": "1"}, "effort": -1.0, "params": 10, "devices": 4, "hbm_bytes": {"peak": 10 * 2**20},

@@ -14,6 +14,8 @@ from sora_jax.rehearsal.hlo import Instruction, Module
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Work that a transfer may hide behind.
 _NAMED = re.compile(r"replica_groups=(?:@?\w+)?mesh\[([^\]]*)\](?:, ?device_ids=\(([^)]*)\))? ?\{([^}]*)\}")
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="?([A-Z_]+)')
+_SLICES = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}x')
 _COMPUTE = ("fusion", "convolution", "dot", "custom-call", "while", "call")
 
 
@@ -46,6 +48,9 @@ def find(module: Module, mesh_shape: Mapping[str, int]) -> list[Collective]:
       continue
     for i, instruction in enumerate(instructions):
       opcode = instruction.opcode.removesuffix("-start")
+      if opcode == "recv" and (kind := _BETWEEN_SLICES.search(instruction.attributes)):
+        overlapped = name in hidden or _has_compute(instructions, i, instruction.name)
+        found.append(_between_slices(instruction, kind[1], mesh_shape, count, overlapped, exact))
       if opcode not in KINDS:
         continue
       groups = _groups(instruction.attributes, math.prod(mesh_shape.values()))
@@ -68,6 +73,29 @@ def find(module: Module, mesh_shape: Mapping[str, int]) -> list[Collective]:
         )
       )
   return found
+
+
+def _between_slices(
+  instruction: Instruction,
+  kind: str,
+  mesh_shape: Mapping[str, int],
+  count: int,
+  overlapped: bool,
+  exact: bool,
+) -> Collective:
+  """What crosses the network is sent and received by the host: of a joint sum, the part that each device has
+  already reduced within its slice. Only the outermost mesh axis spans slices (parallel/mesh.py)."""
+  ids = _SLICES.search(instruction.attributes)
+  slices = sum(1 + int(b or a) - int(a) for a, b in re.findall(r"(\d+)(?::(\d+))?", ids[1])) if ids else 2
+  return Collective(
+    kind=kind.lower().replace("_", "-") if ids else "collective-permute",
+    axes=(next(iter(mesh_shape)),),
+    group=slices,
+    count=count,
+    payload=hlo.shape_sizes(instruction.shape)[0],
+    overlapped=overlapped,
+    exact=exact,
+  )
 
 
 def axes_of(groups: np.ndarray, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
