@@ -100,10 +100,10 @@ check() {
   need --image "$IMAGE"
   check_form --image "$IMAGE" '[A-Za-z0-9][A-Za-z0-9._/:@-]*' "the name of an image"
   need --workdir "$WORKDIR"
-  case "$WORKDIR" in
-    gs://?*/?* | /*) ;;
-    *) fail "--workdir=$WORKDIR: all pods must see it: gs://BUCKET/RUN, or the path of a volume of the image's pods" ;;
-  esac
+  [[ "$WORKDIR" == gs://?*/?* ]] ||
+    fail "--workdir=$WORKDIR: name gs://BUCKET/RUN; what lies in a pod is lost at each restart"
+  buckets >/dev/null # their names, before anything is built
+  check_train_flags ${TRAIN_FLAGS[@]+"${TRAIN_FLAGS[@]}"}
   OUTPUT="${OUTPUT:-$CODE_ROOT/runs/$NAME/jobset.yaml}"
   find_commit "$ALLOW_DIRTY"
 }

@@ -164,3 +164,14 @@ def test_which_end_decides(repository, ends, code):
     ["bash", "-euo", "pipefail", "-c", script, "-", repository], input=ends, capture_output=True, text=True
   )
   assert done.stdout.strip() == str(code), done.stderr
+
+
+def test_what_no_job_could_use_is_refused(box):
+  for more, message in (
+    (("--workdir=gs://bucket/run",), "a path that all nodes share"),
+    (("--", "--workdir=/x"), "sets --workdir itself"),
+    (("--", "--config.seed", "1"), "--flag=VALUE"),
+  ):
+    done = box.run("slurm_run.sh", *arguments(box, *more))
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not box.calls("sbatch")
