@@ -100,18 +100,10 @@ check() {
   need --image "$IMAGE"
   check_form --image "$IMAGE" '[A-Za-z0-9][A-Za-z0-9._/:@-]*' "the name of an image"
   need --workdir "$WORKDIR"
-  case "$WORKDIR" in
-    gs://?*/?*) ;;
-    /*)
-      # Nothing is mounted into the pods of a JobSet but buckets.
-      [[ "$BACKEND" == xpk ]] ||
-        fail "--workdir=$WORKDIR would lie in each pod and be lost with it: give gs://BUCKET/RUN"
-      say "note: $WORKDIR must be a volume that all pods mount (xpk storage attach), or checkpoints are lost"
-      ;;
-    *) fail "--workdir=$WORKDIR: all pods must see it: gs://BUCKET/RUN" ;;
-  esac
+  [[ "$WORKDIR" == gs://?*/?* ]] ||
+    fail "--workdir=$WORKDIR: name gs://BUCKET/RUN; what lies in a pod is lost at each restart"
+  buckets >/dev/null # their names, before anything is built
   check_train_flags ${TRAIN_FLAGS[@]+"${TRAIN_FLAGS[@]}"}
-  buckets >/dev/null # before anything is built
   OUTPUT="${OUTPUT:-$CODE_ROOT/runs/$NAME/jobset.yaml}"
   find_commit "$ALLOW_DIRTY"
 }

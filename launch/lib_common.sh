@@ -117,17 +117,6 @@ check_run_id() {
   check_form "$1" "$2" '[A-Za-z0-9][A-Za-z0-9._-]{0,62}' "a run id: letters, digits, . _ -, at most 63"
 }
 
-check_train_flags() { # what stands behind --
-  local flag
-  for flag in "$@"; do
-    case "$flag" in
-      --config | --config=* | --workdir | --workdir=*) fail "$flag after --: give it before --, to this script" ;;
-      --*) ;;
-      *) fail "'$flag' after --: flags of sora_jax.train have the form --KEY=VALUE" ;;
-    esac
-  done
-}
-
 check_config() {
   need --config "$1"
   local file="${1%%:*}"
@@ -136,6 +125,27 @@ check_config() {
   esac
   # What is copied is the commit, so the file must be part of it.
   [[ -f "$CODE_ROOT/$file" ]] || fail "--config=$1: there is no $file in $CODE_ROOT"
+}
+
+# Flags for sora_jax.train; the scripts set --config and --workdir themselves.
+check_train_flags() {
+  local flag
+  for flag in "$@"; do
+    case "$flag" in
+      --config | --config=* | --workdir | --workdir=*)
+        fail "$flag after --: this script sets ${flag%%=*} itself; give it before --"
+        ;;
+      --?*) ;;
+      *) fail "'$flag' after --: not a flag of sora_jax.train; write --flag=VALUE, without a space" ;;
+    esac
+  done
+}
+
+check_accelerator() { # v5p counts cores, two a chip
+  local cores="${1##*-}"
+  ((10#$cores > 0)) || fail "--accelerator=$1 has no chips"
+  [[ "$1" != v5p-* ]] || ((10#$cores % 2 == 0)) ||
+    fail "--accelerator=$1: v5p counts cores, two a chip, so the number is even"
 }
 
 # v5p:4x4x4 -> GENERATION=v5p DIMS=4x4x4 CHIPS=64
@@ -149,6 +159,16 @@ parse_topology() {
     CHIPS=$((CHIPS * 10#$dim))
   done
   ((CHIPS)) || fail "--topology=$1 has no chips"
+  local wanted=3 given=2
+  [[ "$GENERATION" != v5e && "$GENERATION" != v6e ]] || wanted=2
+  [[ "$DIMS" != *x*x* ]] || given=3
+  ((given == wanted)) || fail "--topology=$1: $GENERATION has $wanted dimensions, as ${GENERATION}:$([[ $wanted == 2 ]] && echo 8x8 || echo 4x4x4)"
+  for dim in ${DIMS//x/ }; do
+    dim=$((10#$dim))
+    ((wanted == 3 || dim <= 16)) || fail "--topology=$1: $GENERATION ends at 16x16"
+    [[ "$GENERATION" != v5p ]] || ((dim <= 2 || dim % 4 == 0)) ||
+      fail "--topology=$1: a dimension of v5p is 1, 2 or a multiple of 4"
+  done
 }
 
 # --- the code at its commit ---

@@ -61,6 +61,7 @@ create_flags() {
 
 create() {
   create_flags
+  EXISTS=1 # for an interruption while gcloud is asked
   if [[ -n "$QUEUED" ]]; then
     local nodes=(--node-id="$NAME")
     ((NUM_SLICES == 1)) || nodes=(--node-count="$NUM_SLICES" --node-prefix="$NAME")
@@ -75,6 +76,9 @@ create() {
 
 # Ends the script where asking again cannot help; returns where it can.
 explain_refusal() {
+  case "$PROBLEM" in
+    *"active account"*) fail "gcloud has no active account: run gcloud auth login" ;;
+  esac
   echo "$PROBLEM" >&2
   case "$PROBLEM" in
     *[Qq]uota*)
@@ -82,6 +86,7 @@ explain_refusal() {
         "https://cloud.google.com/tpu/docs/quota, or choose another zone, size or --spot"
       ;;
     *"no more capacity"* | *[Ii]nsufficient* | *RESOURCE_EXHAUSTED* | *stockout* | *UNAVAILABLE* | *"try again"*)
+      EXISTS=""
       say "no capacity for $NAME now; --queued waits in Google's queue instead of asking again"
       ;;
     *) fail "Google Cloud refused $NAME (above)" ;;
@@ -103,6 +108,7 @@ ensure_vms() {
   CREATED=""
   while :; do
     if [[ -n "$QUEUED" ]]; then queue_state; else node_state "$NAME"; fi
+    case "$STATE" in NONE | UNKNOWN) ;; *) EXISTS=1 ;; esac
     case "$STATE" in
       READY) return ;;
       ACTIVE)
@@ -136,6 +142,9 @@ ensure_vms() {
         continue
         ;;
       UNKNOWN)
+        case "$PROBLEM" in
+          *"active account"*) fail "gcloud has no active account: run gcloud auth login" ;;
+        esac
         echo "$PROBLEM" >&2
         waited=$((waited + 1))
         ((waited < 20)) || fail "gcloud cannot say what state $NAME is in (above); is it logged in, is the API on?"

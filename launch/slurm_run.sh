@@ -53,9 +53,8 @@ done
 
 check_config "$CONFIG"
 need --workdir "$WORKDIR"
-[[ "$WORKDIR" != *://* ]] || fail "--workdir=$WORKDIR: give a folder on a disk that all nodes mount, not an address"
+[[ "$WORKDIR" != *://* ]] || fail "--workdir=$WORKDIR: SLURM wants a path that all nodes share, as /shared/runs/NAME"
 [[ "$WORKDIR" == /* ]] || WORKDIR="$PWD/$WORKDIR"
-check_train_flags ${TRAIN_FLAGS[@]+"${TRAIN_FLAGS[@]}"}
 need --nodes "$NUM_NODES"
 check_count --nodes "$NUM_NODES"
 need --gpus_per_node "$GPUS"
@@ -66,6 +65,7 @@ if [[ -z "$RUN_ID" ]]; then
   RUN_ID="$(basename -- "$WORKDIR" | tr -c 'A-Za-z0-9._\n-' _)"
 fi
 check_run_id --run_id "$RUN_ID"
+check_train_flags ${TRAIN_FLAGS[@]+"${TRAIN_FLAGS[@]}"}
 find_commit "$ALLOW_DIRTY"
 
 folder="$WORKDIR/slurm/$RUN_ID"

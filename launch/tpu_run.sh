@@ -26,6 +26,7 @@ source "$HERE/lib_tpu.sh"
 
 NAME="" ZONE="" PROJECT="" TOPOLOGY="" ACCELERATOR="" CONFIG="" WORKDIR="" RUN_ID="" RUNTIME="" LOGS_DIR=""
 CAPACITY="" QUEUED="" NUM_SLICES=1 MAX_RESTARTS=50 ALLOW_DIRTY="" TEARDOWN="" TEARDOWN_AT_END=""
+EXISTS=""
 CREATE_FLAGS=() SSH_FLAGS=() SCP_FLAGS=() TRAIN_FLAGS=()
 GRACE_S="${SORA_JAX_GRACE_S:-120}"
 COMMAND_LINE="bash launch/tpu_run.sh $(quoted "$@")"
@@ -90,6 +91,7 @@ check() {
   else
     need "--topology or --accelerator" "$ACCELERATOR"
     check_form --accelerator "$ACCELERATOR" '(v5litepod|v5p|v6e)-[0-9]+' "an accelerator type, as v5p-128"
+    check_accelerator "$ACCELERATOR"
     GENERATION="${ACCELERATOR%-*}" DIMS=""
     GENERATION="${GENERATION/v5litepod/v5e}"
   fi
@@ -109,8 +111,8 @@ check() {
     gs://?*/?* | /*) ;;
     *) fail "--workdir=$WORKDIR: all workers must see it: gs://BUCKET/RUN, or the path of a disk they all mount" ;;
   esac
+  [[ "$WORKDIR" == gs://* ]] || say "warning: --workdir=$WORKDIR must be a disk that all workers mount, or checkpoints are lost"
   check_train_flags ${TRAIN_FLAGS[@]+"${TRAIN_FLAGS[@]}"}
-  [[ "$WORKDIR" == gs://* ]] || say "note: $WORKDIR must be a disk that all workers mount, or checkpoints are lost"
   find_commit "$ALLOW_DIRTY"
 }
 
@@ -246,6 +248,10 @@ finish() { # code
 
 detach() {
   exec 2>&3 # not that of the command which was interrupted
+  [[ -n "$EXISTS" ]] || {
+    say "interrupted; this command has created nothing"
+    exit 130
+  }
   say "detached; the run goes on. Attach again: $COMMAND_LINE"
   say "end it and delete the machines: the same with --teardown"
   exit 130

@@ -63,6 +63,7 @@ def test_the_jobset_of_a_topology(box, topology, accelerator, dims, hosts):
 def test_optional_parts_of_the_jobset(box):
   bare = rendered(box, *BASE)
   pod = bare["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+  assert len(pod["spec"]["volumes"]) == 1
   assert "serviceAccountName" not in pod["spec"]
   full = rendered(box, *BASE, "--spot", "--queue=q", "--service_account=trainer", "--namespace=ns")
   pod = full["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
@@ -178,8 +179,12 @@ def test_teardown(box):
     ("--topology=v6e:3x3", "do not divide"),
     ("--image=a b", "is not the name of an image"),
     ("--workdir=gs://Bad Bucket/x", "is not a bucket"),
-    ("--workdir=x", "all pods must see it"),
-    ("--workdir=/x/y", "would lie in each pod and be lost with it"),
+    ("--workdir=x", "name gs://BUCKET/RUN"),
+    ("--workdir=/shared/x", "name gs://BUCKET/RUN"),
+    ("--topology=v6e:4x4x4", "v6e has 2 dimensions"),
+    ("--topology=v5p:4x4", "v5p has 3 dimensions"),
+    ("--topology=v6e:32x8", "ends at 16x16"),
+    ("--topology=v5p:3x4x4", "multiple of 4"),
     ("--backend=xpk", "--cluster is needed"),
   ],
 )

@@ -87,17 +87,6 @@ def test_refuses_in_one_line(box, changed, says):
   assert done.returncode == 2 and not done.stdout and says in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("flag, says", [("--workdir=b", "before --"), ("config.seed=1", "--KEY=VALUE")])
-def test_flags_of_training_that_cannot_be(box, flag, says):
-  done = box.run("slurm_run.sh", *arguments(box, "--dry_run", "--", flag))
-  assert done.returncode == 2 and not done.stdout and says in done.stderr.splitlines()[-1]
-
-
-def test_a_workdir_is_no_address(box):
-  done = box.run("slurm_run.sh", *arguments(box, "--workdir=gs://bucket/run", "--dry_run"))
-  assert done.returncode == 2 and "not an address" in done.stderr.splitlines()[-1]
-
-
 def test_a_job_to_its_end(box):
   flag = '--config.data.source=it\'s "here"'
   done = box.run("slurm_run.sh", *arguments(box, "--", flag))
@@ -175,3 +164,14 @@ def test_which_end_decides(repository, ends, code):
     ["bash", "-euo", "pipefail", "-c", script, "-", repository], input=ends, capture_output=True, text=True
   )
   assert done.stdout.strip() == str(code), done.stderr
+
+
+def test_what_no_job_could_use_is_refused(box):
+  for more, message in (
+    (("--workdir=gs://bucket/run",), "a path that all nodes share"),
+    (("--", "--workdir=/x"), "sets --workdir itself"),
+    (("--", "--config.seed", "1"), "--flag=VALUE"),
+  ):
+    done = box.run("slurm_run.sh", *arguments(box, *more))
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not box.calls("sbatch")

@@ -118,6 +118,7 @@ def test_what_is_created(box, topology, flags, version):
     ("--zone=us", "is not a zone"),
     ("--project=", "--project is needed"),
     ("--topology=v5p:4x", "is not a topology"),
+    ("--topology=v5p:4x4", "v5p has 3 dimensions"),
     ("--topology=tpu7x:4x4x4", "only on GKE"),
     ("--config=configs/none.py", "there is no configs/none.py"),
     ("--config=../x.py", "name a file of the repository"),
