@@ -210,6 +210,11 @@ do_status() {
   if ((attempt)); then
     # In this order: the code is written before the supervisor ends.
     if is_alive "$folder"; then alive=1; fi
+    # While it becomes another program a process has no arguments: what seems dead without a code is asked again.
+    if [[ -z "$alive" && ! -e "$folder/exit_code" ]]; then
+      sleep 1
+      if is_alive "$folder"; then alive=1; fi
+    fi
     if [[ -e "$folder/exit_code" ]]; then
       state=ended
       read -r code ended <"$folder/exit_code"

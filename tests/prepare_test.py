@@ -164,10 +164,16 @@ def test_hooks_that_are_wrong_say_so(tmp_path, hooks):
   data = make_set(tmp_path / "data", clips=1)
   for change, line in (
     ({"score": "my_hooks:fails"}, "my_hooks:fails fails on 0.mp4: RuntimeError: no weights"),
-    ({"caption": "my_hooks:gone", "stages": ()}, "my_hooks has no gone"),
-    ({"latents": "my_hooks:caption", "stages": ()}, "my_hooks:caption has no .hash"),
+    ({"caption": "my_hooks:gone", "stages": ("probe", "caption", "write")}, "my_hooks has no gone"),
+    (
+      {"latents": "my_hooks:caption", "stages": ("probe", "encode_latents", "write")},
+      "my_hooks:caption has no .hash",
+    ),
     ({"latents": "my_hooks:Words", "stages": ("probe", "encode_latents", "write")}, "has no .factors"),
-    ({"latents": "no_such_module:x", "stages": ()}, "cannot import no_such_module"),
+    (
+      {"latents": "no_such_module:x", "stages": ("probe", "encode_latents", "write")},
+      "cannot import no_such_module",
+    ),
   ):
     with pytest.raises(ValueError, match=line.replace(".", r"\.")):
       run_inline(data, tmp_path / "out", **change)

@@ -17,7 +17,7 @@ TOOLS = {
   "gcsfuse": "buckets", "mountpoint": "buckets",
 }  # fmt: skip
 FAST = {
-  "SORA_JAX_POLL_S": "0.1", "SORA_JAX_BACKOFF_S": "0", "SORA_JAX_GRACE_S": "1", "SORA_JAX_STOP_S": "5",
+  "SORA_JAX_POLL_S": "0.1", "SORA_JAX_BACKOFF_S": "0", "SORA_JAX_GRACE_S": "1", "SORA_JAX_STOP_S": "30",
 }  # fmt: skip
 
 
