@@ -221,6 +221,7 @@ def test_does_not_restart(box, code):
   assert len(box.calls("train")) == 1
 
 
+@pytest.mark.slow  # needs an idle machine
 def test_a_failed_worker_ends_the_run_and_is_shown(box):
   """The others hang in a collective: they are stopped."""
   code = 2
@@ -304,6 +305,7 @@ def test_a_bucket_that_may_not_be_read(box):
   assert "gs://bucket cannot be mounted" in done.stderr
 
 
+@pytest.mark.slow  # needs an idle machine
 def test_detach_and_attach_again(box):
   """Ctrl-C leaves the run going; the same command finds it, and does not start a second."""
   box.set(ends={"*": ["wait", 0]})
