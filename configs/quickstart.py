@@ -13,42 +13,20 @@ from configs import common
 
 
 def get_config(preset: str = "") -> ml_collections.ConfigDict:
-  config = common.get_config()
+  config = common.shapes()
   config.model.size = "XS"
-  config.model.patch_bottleneck = 32
-  config.text.vocab_size = 512
-  config.text.max_tokens = 16
   config.text.width = 64
-  config.text.depth = 1
   config.text.heads = 2
-  # In pixel space a token is wider than the network: predict the clean patch, not its noise.
-  config.diffusion.prediction = "x0"
-  config.diffusion.floor = 0.3
-  # A patch of hundreds of alike pixels can be read through much noise: what and where is decided at t ~ 0.9.
-  config.diffusion.shift = 4.0
-  config.data.patch = (2, 8, 8)
-  # Short rows: on a CPU the cost of attention follows the row, not the sample.
   config.data.rows = 16
-  config.data.row_tokens = 96
-  config.data.row_samples = 8
-  config.data.row_text_tokens = 80
   config.data.given_probability = 0.1
   config.data.num_eval = 64
   config.data.num_samples = 20_000
   config.optimizer.name = "muon"
-  config.optimizer.lr = 5e-3
   config.optimizer.b1 = 0.95
-  config.optimizer.b2 = 0.99
-  config.optimizer.weight_decay = 0.01
-  config.optimizer.warmup_steps = 50
-  config.optimizer.schedule = "cosine"
-  config.optimizer.ema_decay = 0.98
   config.train.num_steps = 1200
   config.train.log_every = 25
   config.train.eval_every = 300
   config.train.save_every = 300
-  config.sample.num_inference_steps = 20
-  config.sample.guidance_scale = 1.5
   if preset == "own_data":
     config.text.vocab_size = 2048
     config.text.max_tokens = 48

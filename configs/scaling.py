@@ -15,40 +15,20 @@ from configs import common
 
 
 def get_config(preset: str = "") -> ml_collections.ConfigDict:
-  config = common.get_config()
+  config = common.shapes()
   config.model.width, config.model.depth, config.model.heads = 32, 3, 4
-  config.model.patch_bottleneck = 32
   config.model.remat = "none"  # little to store, and quicker to compile
-  config.text.vocab_size = 512
-  config.text.max_tokens = 16
   config.text.width = 16
-  config.text.depth = 1
   config.text.heads = 1
-  # As in configs/quickstart.py, and for its reasons.
-  config.diffusion.prediction = "x0"
-  config.diffusion.floor = 0.3
-  config.diffusion.shift = 4.0
-  config.data.patch = (2, 8, 8)
   config.data.rows = 4
-  config.data.row_tokens = 96
-  config.data.row_samples = 8
-  config.data.row_text_tokens = 80
   config.data.num_eval = 128
   config.data.num_samples = 10_000
-  # Not Muon: its own products would be as many FLOPs as those of so small a network.
-  config.optimizer.lr = 5e-3
-  config.optimizer.b2 = 0.99
-  config.optimizer.weight_decay = 0.01
-  config.optimizer.warmup_steps = 50
-  config.optimizer.schedule = "cosine"
-  config.optimizer.ema_decay = 0.98
+  # AdamW stays, not Muon: its own products would be as many FLOPs as those of so small a network.
   config.train.num_steps = 1000
   config.train.log_every = 50
   config.train.save_every = 500
   config.train.keep = 1
   config.train.tensorboard = False
-  config.sample.num_inference_steps = 20
-  config.sample.guidance_scale = 1.5
   config.sample.num_samples = 0  # no grids on the way: `measure` samples at the end
   if preset == "debug":
     config.data.rows = 2

@@ -1,12 +1,12 @@
 """`data.latents`: a run on latents, encoded while training or before, with the same batches either way."""
 
 import dataclasses
-import importlib
 from typing import Any, Protocol
 
 import numpy as np
 
 from data_pipelines.config import DataConfig
+from data_pipelines.named import named
 from data_pipelines.sources.base import SampleInfo, Sizes, Source, sizes_of
 from sora_jax.packing.geometry import ClipSpec
 
@@ -28,9 +28,9 @@ class Encoder(Protocol):
 
 
 def load_encoder(name: str) -> Encoder:
-  module, _, attribute = name.partition(":")
+  make = named(name, f"data.latents={name!r}")
   try:
-    encoder = getattr(importlib.import_module(module), attribute)()
+    encoder = make()
   except (ImportError, AttributeError, TypeError) as e:
     raise ValueError(f"data.latents={name!r}: {e}") from e
   if missing := [

@@ -18,7 +18,7 @@ from data_pipelines.sources.registry import build_source
 from data_pipelines.summary import Report, describe
 from data_pipelines.workers import Deaths, Notes
 from sora_jax.packing.geometry import ClipSpec
-from sora_jax.packing.pack import stack_rows
+from sora_jax.packing.pack import stack_rows, tokens_of_samples
 from sora_jax.packing.plan import RowPlan
 from sora_jax.types import NO_SAMPLE, BatchSpec, TokenBatch
 
@@ -97,7 +97,11 @@ class Pipeline:
     is_sample = batch.sample_id_BN != NO_SAMPLE
     part_of = np.searchsorted(self._part_ends, batch.sample_id_BN[is_sample], side="right")
     samples = np.bincount(part_of, minlength=len(self.parts))
-    tokens = np.bincount(part_of, _tokens_BN(batch)[is_sample], minlength=len(self.parts))
+    tokens = np.bincount(
+      part_of,
+      tokens_of_samples(batch.segment_BL, len(batch.sample_id_BN[0]))[is_sample],
+      minlength=len(self.parts),
+    )
     return {name: (int(samples[p]), int(tokens[p])) for p, name in enumerate(self.parts)}
 
   def tally(self, batch: TokenBatch) -> dict[str, float]:
@@ -209,13 +213,6 @@ class Pipeline:
     return describe(
       self.source, self.fitted, self.plan, self.spec, self.loader.tokenize, rejects=rejects, parts=self.parts
     )
-
-
-def _tokens_BN(batch: TokenBatch) -> np.ndarray:
-  """Of each sample slot, in one pass."""
-  B, N = batch.sample_id_BN.shape
-  place = batch.segment_BL + np.arange(B)[:, None] * (N + 1)
-  return np.bincount(place.reshape(-1), minlength=B * (N + 1)).reshape(B, N + 1)[:, 1:]
 
 
 def part_ends(source: Source) -> dict[str, int]:

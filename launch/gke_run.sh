@@ -26,44 +26,27 @@ QUEUE="" SERVICE_ACCOUNT="" CHIPS_PER_HOST="" OUTPUT="" BACKEND=jobset CLUSTER="
 TEARDOWN="" ALLOW_DIRTY="" TRAIN_FLAGS=()
 POLL_S="${SORA_JAX_POLL_S:-30}"
 
-parse() {
-  while (($#)); do
-    case "$1" in
-      --name=*) NAME="${1#*=}" ;;
-      --topology=*) TOPOLOGY="${1#*=}" ;;
-      --config=*) CONFIG="${1#*=}" ;;
-      --workdir=*) WORKDIR="${1#*=}" ;;
-      --image=*) IMAGE="${1#*=}" ;;
-      --num_slices=*) NUM_SLICES="${1#*=}" ;;
-      --max_restarts=*) MAX_RESTARTS="${1#*=}" ;;
-      --namespace=*) NAMESPACE="${1#*=}" ;;
-      --queue=*) QUEUE="${1#*=}" ;;
-      --service_account=*) SERVICE_ACCOUNT="${1#*=}" ;;
-      --chips_per_host=*) CHIPS_PER_HOST="${1#*=}" ;;
-      --output=*) OUTPUT="${1#*=}" ;;
-      --backend=jobset | --backend=xpk) BACKEND="${1#*=}" ;;
-      --cluster=*) CLUSTER="${1#*=}" ;;
-      --zone=*) ZONE="${1#*=}" ;;
-      --project=*) PROJECT="${1#*=}" ;;
-      --build) BUILD=1 ;;
-      --spot) SPOT=1 ;;
-      --follow) FOLLOW=1 ;;
-      --teardown) TEARDOWN=1 ;;
-      --allow_dirty) ALLOW_DIRTY=1 ;;
-      --dry_run) DRY_RUN=1 ;;
-      --help | -h)
-        usage_of "${BASH_SOURCE[0]}"
-        exit 0
-        ;;
-      --)
-        shift
-        TRAIN_FLAGS=("$@")
-        break
-        ;;
-      *) fail "unknown option $1; --help shows all, flags of sora_jax.train go after --" ;;
-    esac
-    shift
-  done
+own_option() { # option
+  case "$1" in
+    --name=*) NAME="${1#*=}" ;;
+    --topology=*) TOPOLOGY="${1#*=}" ;;
+    --image=*) IMAGE="${1#*=}" ;;
+    --num_slices=*) NUM_SLICES="${1#*=}" ;;
+    --namespace=*) NAMESPACE="${1#*=}" ;;
+    --queue=*) QUEUE="${1#*=}" ;;
+    --service_account=*) SERVICE_ACCOUNT="${1#*=}" ;;
+    --chips_per_host=*) CHIPS_PER_HOST="${1#*=}" ;;
+    --output=*) OUTPUT="${1#*=}" ;;
+    --backend=jobset | --backend=xpk) BACKEND="${1#*=}" ;;
+    --cluster=*) CLUSTER="${1#*=}" ;;
+    --zone=*) ZONE="${1#*=}" ;;
+    --project=*) PROJECT="${1#*=}" ;;
+    --build) BUILD=1 ;;
+    --spot) SPOT=1 ;;
+    --follow) FOLLOW=1 ;;
+    --teardown) TEARDOWN=1 ;;
+    *) return 1 ;;
+  esac
 }
 
 check() {
@@ -299,7 +282,7 @@ follow() {
   exit "$CODE"
 }
 
-parse "$@"
+parse_options own_option "$@"
 check
 make_scratch
 if [[ -n "$TEARDOWN" ]]; then

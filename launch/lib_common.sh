@@ -96,6 +96,33 @@ usage_of() {
 
 # --- options ---
 
+# Options that all scripts which start a run have, and --help; what else there is goes to the function OWN, which
+# returns 1 for what it does not know. Flags after -- are those of the training.
+parse_options() { # OWN words
+  local own="$1"
+  shift
+  while (($#)); do
+    case "$1" in
+      --config=*) CONFIG="${1#*=}" ;;
+      --workdir=*) WORKDIR="${1#*=}" ;;
+      --max_restarts=*) MAX_RESTARTS="${1#*=}" ;;
+      --allow_dirty) ALLOW_DIRTY=1 ;;
+      --dry_run) DRY_RUN=1 ;;
+      --help | -h)
+        usage_of "$0"
+        exit 0
+        ;;
+      --)
+        shift
+        TRAIN_FLAGS=("$@")
+        return
+        ;;
+      *) "$own" "$1" || fail "unknown option $1; --help shows all, flags of sora_jax.train go after --" ;;
+    esac
+    shift
+  done
+}
+
 need() { # option value
   [[ -n "$2" ]] || fail "$1 is needed; --help shows all options"
 }

@@ -21,35 +21,22 @@ source "$HERE/lib_common.sh"
 
 CONFIG="" WORKDIR="" NUM_NODES="" GPUS="" TIME="" PARTITION="" ACCOUNT="" RUN_ID="" MAX_RESTARTS=50 PY=""
 ALLOW_DIRTY="" SBATCH_FLAGS=() SRUN_FLAGS=() TRAIN_FLAGS=()
-while (($#)); do
+own_option() { # option
   case "$1" in
-    --config=*) CONFIG="${1#*=}" ;;
-    --workdir=*) WORKDIR="${1#*=}" ;;
     --nodes=*) NUM_NODES="${1#*=}" ;;
     --gpus_per_node=*) GPUS="${1#*=}" ;;
     --time=*) TIME="${1#*=}" ;;
     --partition=*) PARTITION="${1#*=}" ;;
     --account=*) ACCOUNT="${1#*=}" ;;
     --run_id=*) RUN_ID="${1#*=}" ;;
-    --max_restarts=*) MAX_RESTARTS="${1#*=}" ;;
     --python=*) PY="${1#*=}" ;;
     --sbatch_flag=*) SBATCH_FLAGS+=("${1#*=}") ;;
     --srun_flag=*) SRUN_FLAGS+=("${1#*=}") ;;
-    --allow_dirty) ALLOW_DIRTY=1 ;;
-    --dry_run) DRY_RUN=1 ;;
-    --help | -h)
-      usage_of "${BASH_SOURCE[0]}"
-      exit 0
-      ;;
-    --)
-      shift
-      TRAIN_FLAGS=("$@")
-      break
-      ;;
-    *) fail "unknown option $1; --help shows all, flags of sora_jax.train go after --" ;;
+    *) return 1 ;;
   esac
-  shift
-done
+}
+
+parse_options own_option "$@"
 
 check_config "$CONFIG"
 need --workdir "$WORKDIR"

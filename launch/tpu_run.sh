@@ -36,42 +36,25 @@ set_capacity() {
   CAPACITY="$1"
 }
 
-parse() {
-  while (($#)); do
-    case "$1" in
-      --name=*) NAME="${1#*=}" ;;
-      --zone=*) ZONE="${1#*=}" ;;
-      --project=*) PROJECT="${1#*=}" ;;
-      --topology=*) TOPOLOGY="${1#*=}" ;;
-      --accelerator=*) ACCELERATOR="${1#*=}" ;;
-      --config=*) CONFIG="${1#*=}" ;;
-      --workdir=*) WORKDIR="${1#*=}" ;;
-      --run_id=*) RUN_ID="${1#*=}" ;;
-      --runtime_version=*) RUNTIME="${1#*=}" ;;
-      --num_slices=*) NUM_SLICES="${1#*=}" ;;
-      --max_restarts=*) MAX_RESTARTS="${1#*=}" ;;
-      --create_flag=*) CREATE_FLAGS+=("${1#*=}") ;;
-      --ssh_flag=*) SSH_FLAGS+=("${1#*=}") SCP_FLAGS+=("${1#*=}") ;;
-      --logs_dir=*) LOGS_DIR="${1#*=}" ;;
-      --on_demand | --spot | --reserved) set_capacity "${1#--}" ;;
-      --queued) QUEUED=1 ;;
-      --allow_dirty) ALLOW_DIRTY=1 ;;
-      --teardown) TEARDOWN=1 ;;
-      --teardown_at_end) TEARDOWN_AT_END=1 ;;
-      --dry_run) DRY_RUN=1 ;;
-      --help | -h)
-        usage_of "${BASH_SOURCE[0]}"
-        exit 0
-        ;;
-      --)
-        shift
-        TRAIN_FLAGS=("$@")
-        break
-        ;;
-      *) fail "unknown option $1; --help shows all, flags of sora_jax.train go after --" ;;
-    esac
-    shift
-  done
+own_option() { # option
+  case "$1" in
+    --name=*) NAME="${1#*=}" ;;
+    --zone=*) ZONE="${1#*=}" ;;
+    --project=*) PROJECT="${1#*=}" ;;
+    --topology=*) TOPOLOGY="${1#*=}" ;;
+    --accelerator=*) ACCELERATOR="${1#*=}" ;;
+    --run_id=*) RUN_ID="${1#*=}" ;;
+    --runtime_version=*) RUNTIME="${1#*=}" ;;
+    --num_slices=*) NUM_SLICES="${1#*=}" ;;
+    --create_flag=*) CREATE_FLAGS+=("${1#*=}") ;;
+    --ssh_flag=*) SSH_FLAGS+=("${1#*=}") SCP_FLAGS+=("${1#*=}") ;;
+    --logs_dir=*) LOGS_DIR="${1#*=}" ;;
+    --on_demand | --spot | --reserved) set_capacity "${1#--}" ;;
+    --queued) QUEUED=1 ;;
+    --teardown) TEARDOWN=1 ;;
+    --teardown_at_end) TEARDOWN_AT_END=1 ;;
+    *) return 1 ;;
+  esac
 }
 
 check() {
@@ -314,7 +297,7 @@ main() {
   done
 }
 
-parse "$@"
+parse_options own_option "$@"
 check
 make_scratch
 if [[ -n "$TEARDOWN" ]]; then

@@ -71,13 +71,7 @@ def main(argv: list[str]) -> int:
 
 def held_out_scenes(num: int, seed: int) -> list[Scene]:
   """Moving scenes of held-out combinations, as drawn for the held-out source but never an image."""
-  rng = np.random.default_rng([seed, 64])
-  scenes: list[Scene] = []
-  while len(scenes) < num:
-    scene = synthetic.make_scene(rng, held_out=True, image_share=0.0)
-    if scene.num_frames > 1:
-      scenes.append(scene)
-  return scenes
+  return synthetic.moving_scenes(num, np.random.default_rng([seed, 64]), held_out=True)
 
 
 def fitted(run: TrainedRun, scene: Scene) -> ClipSpec:

@@ -8,13 +8,13 @@ import os
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec
 from data_pipelines.sources.synthetic import SyntheticSource
 from sora_jax.packing.pack import stack_rows
 from sora_jax.types import NO_SAMPLE, TokenBatch
+from tests.batches import assert_same, ids_of, take
 
 CONFIG = DataConfig(
   patch=(2, 8, 8),
@@ -67,22 +67,6 @@ def slices(rows: int, hosts: int) -> list[slice]:
   """Rows of each host, as even as they go."""
   ends = [rows * h // hosts for h in range(hosts + 1)]
   return [slice(a, b) for a, b in itertools.pairwise(ends)]
-
-
-def ids_of(row: TokenBatch) -> list[int]:
-  return [int(i) for i in row.sample_id_BN.ravel() if i != NO_SAMPLE]
-
-
-def take(pipeline, count, start=0, rows=None) -> list[TokenBatch]:
-  batches = pipeline.batches(start, rows)
-  taken = list(itertools.islice(batches, count))
-  batches.close()
-  return taken
-
-
-def assert_same(a: TokenBatch, b: TokenBatch) -> None:
-  for name, value in vars(a).items():
-    np.testing.assert_array_equal(value, getattr(b, name), err_msg=name)
 
 
 @pytest.fixture(scope="module")

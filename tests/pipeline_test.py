@@ -14,8 +14,8 @@ from data_pipelines.sources.base import UnreadableError
 from data_pipelines.sources.synthetic import SyntheticSource
 from sora_jax.packing.geometry import unpatchify
 from sora_jax.packing.pack import stack_rows
-from sora_jax.types import NO_SAMPLE, TokenBatch
 from tests import media
+from tests.batches import assert_same, ids_of, take
 
 CONFIG = DataConfig(
   num_samples=30,
@@ -52,22 +52,6 @@ class Flaky:
 def make(reader=None, *, split="train", **changes) -> Pipeline:
   config = dataclasses.replace(CONFIG, **changes)
   return Pipeline(reader or build_source(config), config, batch_spec(config), tokenize, split=split)
-
-
-def take(pipeline: Pipeline, n: int, start: int = 0, rows: slice | None = None) -> list[TokenBatch]:
-  batches = pipeline.batches(start, rows)
-  taken = list(itertools.islice(batches, n))
-  batches.close()
-  return taken
-
-
-def assert_same(a: TokenBatch, b: TokenBatch) -> None:
-  for name, value in vars(a).items():
-    np.testing.assert_array_equal(value, getattr(b, name), err_msg=name)
-
-
-def ids_of(batch: TokenBatch) -> list[int]:
-  return [int(i) for i in batch.sample_id_BN.ravel() if i != NO_SAMPLE]
 
 
 def test_batches_have_the_shapes_of_the_spec_and_pixels_in_range():

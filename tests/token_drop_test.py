@@ -12,6 +12,7 @@ from sora_jax.packing import token_drop
 from sora_jax.packing.geometry import positions
 from sora_jax.packing.token_drop import TokenDrop
 from sora_jax.types import NO_SAMPLE
+from tests.batches import take
 
 CONFIG = DataConfig(
   num_samples=120,
@@ -33,13 +34,6 @@ def tokenize(text: str) -> list[int]:
 def make(split="train", **changes) -> Pipeline:
   config = dataclasses.replace(CONFIG, **changes)
   return Pipeline(build_source(config), config, batch_spec(config), tokenize, split=split)
-
-
-def take(pipeline, count, start=0):
-  batches = pipeline.batches(start)
-  taken = list(itertools.islice(batches, count))
-  batches.close()
-  return taken
 
 
 def test_constant_rates_and_when_they_stop():

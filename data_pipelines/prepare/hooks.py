@@ -1,12 +1,13 @@
 """`module:name` of someone else's code: captions, scores, encoders."""
 
 import functools
-import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+from data_pipelines.named import named
 
 
 class HookError(ValueError):
@@ -16,14 +17,7 @@ class HookError(ValueError):
 @functools.cache
 def load(name: str) -> Callable[..., Any]:
   """The function, or an instance of the class; one a process."""
-  module_name, _, attribute = name.partition(":")
-  try:
-    module = importlib.import_module(module_name)
-  except ImportError as e:
-    raise HookError(f"{name}: cannot import {module_name}: {e}") from e
-  found = getattr(module, attribute, None)
-  if found is None:
-    raise HookError(f"{name}: {module_name} has no {attribute}")
+  found = named(name, name, HookError)
   return found() if inspect.isclass(found) else found
 
 

@@ -1,7 +1,6 @@
 """`data.source="my_package.my_module:MySource"`: a source of one's own, or a plain list of samples."""
 
 import dataclasses
-import importlib
 import math
 import os
 import re
@@ -15,6 +14,7 @@ from PIL import Image
 
 from data_pipelines import video_io
 from data_pipelines.config import DataConfig
+from data_pipelines.named import named
 from data_pipelines.parts import Part
 from data_pipelines.sources import captions, manifest
 from data_pipelines.sources.base import Found, ReadOptions, SampleInfo, Source, UnreadableError
@@ -30,17 +30,11 @@ def is_custom(name: str) -> bool:
 
 def make(name: str, config: DataConfig) -> Any:
   """Calls the class or function with `data.source_kwargs`."""
-  module_name, _, attribute = name.partition(":")
-  try:
-    module = importlib.import_module(module_name)
-  except ImportError as e:
-    raise ValueError(f"data.source={name!r}: cannot import {module_name}: {e}") from e
-  factory = getattr(module, attribute, None)
-  if factory is None:
-    raise ValueError(f"data.source={name!r}: {module_name} has no {attribute}")
+  factory = named(name, f"data.source={name!r}")
   try:
     return factory(**config.source_kwargs)
   except TypeError as e:
+    attribute = name.partition(":")[2]
     raise ValueError(f"data.source={name!r}: {attribute}(**data.source_kwargs): {e}") from e
 
 

@@ -128,6 +128,16 @@ def _distance(shape: str, y: np.ndarray, x: np.ndarray, radius: float) -> np.nda
   return np.maximum(y - 0.6 * radius, half * np.abs(x) - 0.5 * y - 0.6 * radius)
 
 
+def moving_scenes(num: int, rng: np.random.Generator, *, held_out: bool) -> list[Scene]:
+  """Scenes of more than one frame, in the order that they are drawn."""
+  scenes: list[Scene] = []
+  while len(scenes) < num:
+    scene = make_scene(rng, held_out=held_out, image_share=0.0)
+    if scene.num_frames > 1:
+      scenes.append(scene)
+  return scenes
+
+
 class SyntheticSource:
   """A random-access source of scenes (see `data_pipelines/sources/base.py`)."""
 

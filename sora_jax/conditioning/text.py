@@ -12,6 +12,7 @@ from sora_jax.conditioning.tokenizer import NULL_ID
 from sora_jax.nn import layers
 from sora_jax.nn.attention import attend
 from sora_jax.nn.layout import by_rows
+from sora_jax.packing.pack import tokens_of_samples
 from sora_jax.types import Array, TokenBatch
 
 
@@ -89,8 +90,7 @@ def drop_captions(batch: TokenBatch, drop_BN: Array) -> TokenBatch:
 
 def model_flops(config: TextConfig, batch: TokenBatch) -> np.ndarray:
   """As models/dit.model_flops: [B], forward and backward pass of the encoder, from the real segments."""
-  D, segment_BM = config.width, np.asarray(batch.text_segment_BM)
-  samples = np.arange(1, np.shape(batch.grid_BN3)[1] + 1)
-  lengths_BN = (segment_BM[:, None, :] == samples[:, None]).sum(-1).astype(np.float64)
+  D, slots = config.width, np.shape(batch.grid_BN3)[1]
+  lengths_BN = tokens_of_samples(np.asarray(batch.text_segment_BM), slots).astype(np.float64)
   linear = 2.0 * lengths_BN.sum(-1) * 12 * D * D
   return 3 * config.depth * (linear + 4.0 * D * (lengths_BN**2).sum(-1))

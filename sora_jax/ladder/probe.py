@@ -101,13 +101,7 @@ def probe(run: TrainedRun, *, blocks: int, noise_level: float, num_clips: int, s
 
 def clips(num: int, seed: int) -> list[Scene]:
   """Moving scenes that training did not draw."""
-  rng = np.random.default_rng([seed, 65])
-  scenes: list[Scene] = []
-  while len(scenes) < num:
-    scene = synthetic.make_scene(rng, held_out=False, image_share=0.0)
-    if scene.num_frames > 1:
-      scenes.append(scene)
-  return scenes
+  return synthetic.moving_scenes(num, np.random.default_rng([seed, 65]), held_out=False)
 
 
 def pack(run: TrainedRun, videos: Sequence[np.ndarray], fps: Sequence[float]) -> list[TokenBatch]:

@@ -16,6 +16,7 @@ from flax import nnx
 from sora_jax.models.blocks import Block, BlockContext, modulate
 from sora_jax.nn import layers
 from sora_jax.nn.layout import by_rows
+from sora_jax.packing.pack import tokens_of_samples
 from sora_jax.types import Array, TokenBatch
 
 # width, depth, heads: Peebles and Xie 2023, table 1; XS is for two CPU cores
@@ -176,8 +177,7 @@ def model_flops(config: DiTConfig, batch: TokenBatch, *, channels: int, text_dim
   Those of `linear_flops`, and 4 D sum(l_q l_k) for the two products of attention.
   """
   lengths = _lengths(batch)
-  segment = np.arange(1, lengths.shape[1] + 1)
-  text_lengths = (np.asarray(batch.text_segment_BM)[:, None, :] == segment[:, None]).sum(-1)
+  text_lengths = tokens_of_samples(np.asarray(batch.text_segment_BM), lengths.shape[1])
   linear = linear_flops(
     config,
     tokens=lengths.sum(-1),
@@ -195,8 +195,7 @@ def _lengths(batch: TokenBatch) -> np.ndarray:
   grid_BN3 = np.asarray(batch.grid_BN3, np.float64)
   if batch.segment_BL is None or len(batch.segment_BL) != len(grid_BN3):
     return np.prod(grid_BN3, axis=-1)
-  slots = grid_BN3.shape[1] + 1
-  return np.stack([np.bincount(row, minlength=slots)[1:] for row in np.asarray(batch.segment_BL)]) * 1.0
+  return tokens_of_samples(np.asarray(batch.segment_BL), grid_BN3.shape[1]).astype(np.float64)
 
 
 def linear_flops(config: DiTConfig, *, tokens, text_tokens, samples, channels: int, text_dim: int):

@@ -24,7 +24,7 @@ from sora_jax.nn.attention_chunked import chunked
 from sora_jax.nn.attention_dense import DENSE, attend_dense
 from sora_jax.nn.attention_pair import Pair, attend_with
 from sora_jax.nn.attention_tpu import tpu
-from sora_jax.nn.layout import ROW_AXES
+from sora_jax.parallel.mesh import ROW_AXES
 from sora_jax.types import Array
 
 BACKENDS = ("auto", "dense", "chunked", "tpu", "gpu")

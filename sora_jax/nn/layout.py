@@ -6,9 +6,8 @@ import jax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from sora_jax.parallel.mesh import ROW_AXES
 from sora_jax.types import Array
-
-ROW_AXES = ("replica", "fsdp")
 
 
 def by_rows(x: Array, *, tokens: bool = False) -> Array:

@@ -23,6 +23,13 @@ class PackedSample:
   position_L3: np.ndarray | None = None  # of `grid` where None
 
 
+def tokens_of_samples(segment_BL: np.ndarray, slots: int) -> np.ndarray:
+  """[B, slots] tokens of segments 1..slots of every row, of clips or of texts, in one pass."""
+  B, stride = len(segment_BL), slots + 1
+  place = segment_BL + np.arange(B)[:, None] * stride
+  return np.bincount(place.reshape(-1), minlength=B * stride).reshape(B, stride)[:, 1:]
+
+
 def share_text(counts: Sequence[int], capacity: int) -> list[int]:
   """Text tokens each caption may keep: all where they fit, else the longest give way first, evenly."""
   kept, left = [0] * len(counts), capacity

@@ -48,10 +48,6 @@ class TokenDrop:
     if self.concentration <= 0 or self.levels < 1 or self.stop_step < 0:
       raise ValueError("data.token_drop needs concentration above 0, levels from 1 and stop_step from 0 on")
 
-  @property
-  def is_on(self) -> bool:
-    return max(self.rate, self.final_rate if self.schedule == "sigmoid" else 0.0) > 0
-
 
 def stages(config: TokenDrop) -> list[tuple[int, tuple[float, ...]]]:
   """(first step, rates that take turns) of each part of training, all of as many rates."""

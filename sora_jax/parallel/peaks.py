@@ -4,19 +4,6 @@ import dataclasses
 
 import jax
 
-# Start of device_kind -> dense bf16 FLOP/s of one JAX device by the vendor's data sheet; first match counts.
-PEAK_BF16 = (
-  ("TPU v6 lite", 918e12),
-  ("TPU v5 lite", 197e12),
-  ("TPU v5", 459e12),
-  ("TPU v4", 275e12),
-  ("NVIDIA H200", 989e12),
-  ("NVIDIA H100 PCIe", 756e12),
-  ("NVIDIA H100", 989e12),
-  ("NVIDIA A100", 312e12),
-  ("NVIDIA L4", 121e12),
-)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
@@ -63,6 +50,20 @@ CHIPS = {
     ),
   )
 }  # fmt: skip
+
+
+# Start of device_kind -> dense bf16 FLOP/s of one JAX device by the vendor's data sheet; first match counts.
+PEAK_BF16 = (
+  ("TPU v6 lite", CHIPS["v6e"].flops),
+  ("TPU v5 lite", CHIPS["v5e"].flops),
+  ("TPU v5", CHIPS["v5p"].flops),
+  ("TPU v4", 275e12),
+  ("NVIDIA H200", 989e12),
+  ("NVIDIA H100 PCIe", 756e12),
+  ("NVIDIA H100", 989e12),
+  ("NVIDIA A100", 312e12),
+  ("NVIDIA L4", 121e12),
+)
 
 
 def peak_flops(devices: list[jax.Device]) -> float | None:

@@ -9,12 +9,10 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from sora_jax.models.dit import DiTConfig
-from sora_jax.parallel.peaks import Chip
 from sora_jax.rehearsal import gpu
 from sora_jax.rehearsal import topology as topology_lib
 from sora_jax.rehearsal.collectives import Collective
@@ -139,14 +137,6 @@ def times(
   )
 
 
-def peak_of(chip: Chip, num_devices: int) -> float:
-  return chip.flops * num_devices
-
-
 def trace_flops(step, *arguments) -> float:
   """`matmul_flops` of a jitted function on shapes alone."""
   return matmul_flops(step.trace(*arguments).jaxpr.jaxpr)
-
-
-def arrays_bytes(tree) -> int:
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -2,10 +2,8 @@
 
 import dataclasses
 import importlib.util
-import math
 import os
 import re
-from collections.abc import Sequence
 
 import jax
 from jax.experimental import topologies
@@ -80,13 +78,6 @@ def describe(topology: Topology) -> list[jax.Device]:
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise ValueError(f"libtpu does not take topology {topology.name}: {first}") from error
   return list(described.devices)
-
-
-def physical_dims(topology: Topology, devices: Sequence[jax.Device]) -> list[int]:
-  """Sizes of (slice, torus dims..., cores of a chip): the grid in which `place` names a device."""
-  cores = 1 + max(getattr(d, "core_on_chip", 0) for d in devices)
-  assert len(devices) == topology.num_slices * math.prod(topology.dims) * cores
-  return [topology.num_slices, *topology.dims, cores]
 
 
 def place(topology: Topology, device: jax.Device) -> tuple[int, ...]:
