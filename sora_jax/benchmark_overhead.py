@@ -43,8 +43,8 @@ def measure(size: str = "XS") -> dict[str, object]:
 
   The bare loop calls the same compiled step on a batch that lies on the device, and nothing else. Waiting
   for the device is no CPU time of the thread; but where the CPU is the device, its threads take the caches of
-  this one, and what the runtime computes in the calling thread counts: of both loops, so that their difference
-  is what `fit` adds.
+  this one, and what the runtime computes in the calling thread counts: of both loops, so that their
+  difference is what `fit` adds.
   """
   task = text_to_video.build(
     model=DiTConfig(size=size), text_config=TextConfig(), diffusion=ObjectiveConfig(), batch_spec=SPEC
