@@ -4,7 +4,7 @@
   python -m sora_jax.benchmark --what=attention [--tokens=8192 --segments=8 --heads=6 --repeats=3]
   python -m sora_jax.benchmark --what=flops    counted, nothing is run: a table of docs/results.md
   python -m sora_jax.benchmark --what=gpu      S and XL at 8k to 64k tokens; without a GPU it says so
-  python -m sora_jax.benchmark --what=packing  packed, bucketed, padded rows of the same samples [--rows=4 ...]
+  python -m sora_jax.benchmark --what=packing  packed, bucketed, padded rows of one set [--rows=4 ...]
   python -m sora_jax.benchmark --what=overhead
 
 Ours and its yardstick take turns, so that what else runs on the machine hits both alike. CPU seconds say more
