@@ -67,6 +67,8 @@ def data() -> ml_collections.ConfigDict:
   c.seed = 0
   c.latents = ""
   c.latent_channels = 0
+  c.text = ""
+  c.text_width = 0
   c.patch = (1, 16, 16)
   c.max_tokens = 0
   c.max_padding = 0.0

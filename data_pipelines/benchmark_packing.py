@@ -39,7 +39,7 @@ def padding(rows_per_step: int) -> list[dict]:
           "tokens_at_equal_compute": round(tokens / padded / s["dearest_over_mean_of_step"] / base, 2),
         }
       )
-    for method, length in (("buckets", _bucketed(lengths)), ("padded", np.full(len(lengths), lengths.max()))):
+    for method, length in (("buckets", bucketed(lengths)), ("padded", np.full(len(lengths), lengths.max()))):
       lines.append(
         {
           "mix": name,
@@ -51,7 +51,7 @@ def padding(rows_per_step: int) -> list[dict]:
   return lines
 
 
-def _bucketed(lengths: np.ndarray) -> np.ndarray:
+def bucketed(lengths: np.ndarray) -> np.ndarray:
   """Each padded to the next of some lengths an octave; whole batches of one bucket are taken for granted."""
   steps = np.ceil(np.log2(lengths / lengths.max()) * _BUCKETS_AN_OCTAVE - 1e-9)
   return np.ceil(lengths.max() * 2.0 ** (steps / _BUCKETS_AN_OCTAVE))

@@ -16,6 +16,7 @@ from PIL import Image
 
 from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec, build_source
 from data_pipelines.sources.files import FileSource
+from data_pipelines.texts import reader
 from sora_jax.packing.geometry import ClipSpec
 
 _source: FileSource | None = None  # in a process of the pool
@@ -35,7 +36,7 @@ def decode(config: DataConfig, clips: int, repeats: int) -> list[dict]:
   source = build_source(config)
   if not isinstance(source, FileSource):
     raise ValueError(f"{source.name} is no set of media files: decode compares readers of files")
-  pipeline = Pipeline(source, config, batch_spec(config), str.split, split="all")
+  pipeline = Pipeline(source, config, batch_spec(config), reader(config, str.split), split="all")
   plain = [
     i for i in pipeline.infos if not (source.entry(i).frames or source.entry(i).span or source.entry(i).crop)
   ]
@@ -84,7 +85,7 @@ def decode(config: DataConfig, clips: int, repeats: int) -> list[dict]:
 
 def latents(config: DataConfig, clips: int, repeats: int) -> list[dict]:
   """Of `config.latents`: rate of reading whole samples, of one core by CPU time, and of loaded batches."""
-  pipeline = Pipeline(build_source(config), config, batch_spec(config), _words, split="all")
+  pipeline = Pipeline(build_source(config), config, batch_spec(config), reader(config, _words), split="all")
   source = pipeline.source
   if not config.latents:
     raise ValueError("latents wants data.latents (the hash of their encoder) and data.latent_channels")

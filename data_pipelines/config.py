@@ -36,6 +36,11 @@ class DataConfig:
   latents: str = ""
   latent_channels: int = 0
 
+  # Captions as embeddings of an encoder that is not trained, named as that of latents; "" = ids of a
+  # vocabulary learned from them.
+  text: str = ""
+  text_width: int = 0
+
   # How large a sample becomes: see packing.geometry.fit_size.
   patch: Patch = (1, 16, 16)
   max_tokens: int = 0  # of one sample; 0 = a whole row
@@ -114,6 +119,8 @@ class DataConfig:
       raise ValueError(
         f"data.latents={self.latents!r} needs data.latent_channels, the channels of a latent cell"
       )
+    if self.text and self.text_width < 1:
+      raise ValueError(f"data.text={self.text!r} needs data.text_width, the size of a token's embedding")
     if self.latents and (self.resolutions != (1.0,) or self.target_fps or self.max_padding):
       raise ValueError(
         "latents cannot be resized: with data.latents leave data.resolutions, data.target_fps and "
@@ -158,4 +165,5 @@ def batch_spec(config: DataConfig) -> BatchSpec:
     channels=config.channels,
     samples=config.row_samples,
     text_tokens=config.row_text_tokens,
+    text_width=config.text_width if config.text else 0,
   )

@@ -3,11 +3,12 @@
 import dataclasses
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from data_pipelines.config import DataConfig
 from data_pipelines.named import named
-from data_pipelines.sources.base import SampleInfo, Sizes, Source, sizes_of
+from data_pipelines.sources.base import SampleInfo, Sizes, Source, require_encoder, sizes_of
 from sora_jax.packing.geometry import ClipSpec
 
 
@@ -50,13 +51,10 @@ def as_wanted(source: Source, config: DataConfig) -> Source:
       f"data.latents={config.latents!r} makes {encoder.channels} channels, data.latent_channels is "
       f"{config.latent_channels}"
     )
-  if held == wanted:
-    return source
   if encoder and not held:
     return EncodedSource(source, config.latents)
-  has = f"latents of encoder {held}" if held else "pixels"
-  wants = f"latents of encoder {wanted}" if wanted else 'pixels (data.latents="")'
-  raise ValueError(f"{source.name} holds {has}, the run wants {wants}: prepare it with that encoder")
+  require_encoder(source.name, held, wanted)
+  return source
 
 
 class EncodedSource:
@@ -66,8 +64,9 @@ class EncodedSource:
     self.source, self._encoder_name, self._encoder = source, encoder, load_encoder(encoder)
     self.name, self.rejects, self.encoder_hash = source.name, source.rejects, self._encoder.hash
     self.notes, self.form = getattr(source, "notes", []), getattr(source, "form", "")
-    if hasattr(source, "parts"):
-      self.parts = source.parts
+    for name in ("parts", "text_encoder_hash", "text_encoder_hashes", "text", "text_tokens"):
+      if hasattr(source, name):
+        setattr(self, name, getattr(source, name))
 
   def __reduce__(self):
     return (EncodedSource, (self.source, self._encoder_name))
@@ -99,9 +98,11 @@ class EncodedSource:
     info = self.source.info(i)
     _, down, across = self._encoder.factors
     whole = ClipSpec(info.num_frames, spec.height * down, spec.width * across, info.fps)
-    latents = self._encoder.encode(self.source.load(i, whole))
+    frames = self.source.load(i, whole)
+    with jax.transfer_guard("allow"):  # the training loop forbids what an encoder on a device must do
+      latents = np.asarray(self._encoder.encode(frames))
     first = round(start_s * spec.fps)
-    return np.asarray(latents[first : first + spec.num_frames])
+    return latents[first : first + spec.num_frames]
 
   def fingerprint(self) -> str:
     return f"{self.source.fingerprint()}:{self.encoder_hash}"

@@ -13,15 +13,16 @@ import numpy as np
 from data_pipelines.config import DataConfig
 from data_pipelines.sizes import Fitted
 from data_pipelines.sources.base import SampleInfo, Source, UnreadableError
+from data_pipelines.texts import held_by
 from data_pipelines.workers import Notes
 from sora_jax.packing import token_drop
 from sora_jax.packing.geometry import ClipSpec, Grid, grid_of, pad_frames, patchify, positions, to_float
 from sora_jax.packing.hashing import uniform
-from sora_jax.packing.pack import PackedSample, pack_row
+from sora_jax.packing.pack import PackedSample, pack_row, text_of
 from sora_jax.packing.plan import PlannedRow
 from sora_jax.types import BatchSpec, TokenBatch
 
-Tokenize = Callable[[str], Sequence[int]]
+Tokenize = Callable[[str], Sequence[int] | np.ndarray]  # caption -> ids, or an embedding: an `Embedder`
 
 # Streams of `uniform`, so that the choices for one sample are independent.
 _START, _CAPTION, _GIVEN, _GIVEN_KIND, _GIVEN_COUNT = range(10, 15)
@@ -90,6 +91,7 @@ class RowLoader:
   ):
     self.source, self.fitted = source, fitted
     self.config, self.spec, self.tokenize, self.is_train = config, spec, tokenize, is_train
+    self._has_texts = bool(config.text) and any(held_by(source))
     self._channels = config.latent_channels if config.latents else 3
     self._cell_bytes = 4 * self._channels if config.latents else 3
     self.cache = ClipCache(config.cache_mb * 2**20 // max(1, config.workers))
@@ -122,6 +124,7 @@ class RowLoader:
       want = (spec.num_frames, spec.height, spec.width, self._channels)
       if clip.shape != want or (clip.dtype != np.uint8) != bool(self.config.latents):
         raise UnreadableError("unreadable", f"{clip.dtype}{clip.shape} was read where {spec} was planned")
+      text = text_of(self.text(info, self.caption(info, p.epoch)))
     except UnreadableError as e:
       if info.name not in self.failed:
         self.failed[info.name] = str(e)
@@ -133,7 +136,7 @@ class RowLoader:
       tokens_LC=tokens.astype(np.float32) if self.config.latents else to_float(tokens),
       grid=grid,
       sample_id=info.id,
-      text_ids=self.tokenize(self.caption(info, p.epoch)),
+      **text,
       fps=spec.fps,
       label=info.label,
       given_L=self._given(info.id, p.epoch, grid),
@@ -205,6 +208,30 @@ class RowLoader:
       weights = np.array([float(bool(c)) for c in captions])
     shares = np.cumsum(weights) / weights.sum()
     return captions[int(np.searchsorted(shares, self._draw(_CAPTION, epoch, info.id), side="right"))]
+
+  def text(self, info: SampleInfo, caption: str) -> Sequence[int] | np.ndarray:
+    """Ids or the embedding of one of the sample's captions: that which is stored, else made now."""
+    if not self.config.text:
+      return self.tokenize(caption)
+    key = ("text", info.id if self._has_texts else -1, caption)
+    made = self.cache.get(key)
+    if made is None:
+      made = self._stored(info, caption)
+      made = self.tokenize(caption) if made is None else self.tokenize.fitted(made, info.name)
+      self.cache.put(key, made)
+    return made
+
+  def _stored(self, info: SampleInfo, caption: str) -> np.ndarray | None:
+    return self.source.text(info.id, info.captions.index(caption)) if self._has_texts and caption else None
+
+  def count_text(self, info: SampleInfo) -> int:
+    """Tokens of the first caption."""
+    caption = next((c for c in info.captions if c), "")
+    count = None
+    if self._has_texts and caption:
+      count = self.source.text_tokens(info.id, info.captions.index(caption))
+      count = min(count, self.tokenize.max_tokens or count) if count else None
+    return len(text_of(self.text(info, caption))["text_ids"]) if count is None else count
 
   def _given(self, i: int, epoch: int, grid: Grid) -> np.ndarray | None:
     """Tokens of the first frames, as a prompt; never all of them, and none of an image."""

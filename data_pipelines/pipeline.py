@@ -9,7 +9,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from data_pipelines import sizes
+from data_pipelines import sizes, texts
 from data_pipelines.config import DataConfig, batch_spec
 from data_pipelines.latents import as_wanted
 from data_pipelines.loader import RowLoader, Tokenize
@@ -27,13 +27,14 @@ __all__ = ["DataConfig", "Pipeline", "batch_spec", "build_source"]
 _ENDLESS = 2**31 - 1  # rows; grain wants a length
 _SHOWN = 2**20  # samples, at most, of which all is known at once
 _CHUNK = 2**20
+_COUNTED, _EMBEDDED = 2**18, 64  # captions, at most, that a report is made from
 
 
 class Pipeline:
   """One side of the split of a source, fitted to sizes, planned into rows and loaded.
 
   `split` is "train", "eval" (held out by a hash of the name) or "all". Held-out samples are read from their
-  start, with their first caption and without prompts.
+  start, with their first caption and without prompts. `tokenize` is that of `texts.reader`.
   """
 
   def __init__(
@@ -50,6 +51,8 @@ class Pipeline:
         f"the model takes {spec.channels} channels a patch, data.patch={config.patch} has {config.channels}"
       )
     source = as_wanted(source, config)
+    if config.text:
+      texts.require(source, tokenize)
     self.source, self.config, self.spec, self.split = source, config, spec, split
     is_train = split != "eval"
     ids = train_ids = chosen_ids(source, config, split)
@@ -202,6 +205,7 @@ class Pipeline:
       c.packing_cost, c.token_drop.select, fitted.natives, fitted.stages, fitted.specs, self.plan.parts,
       [(p.step, p.order, p.table.tolist()) for p in fitted.phases],
     )  # fmt: skip
+    facts += (self.loader.tokenize.hash,) if c.text else ()
     digest.update(repr(facts).encode())
     for column in (fitted.ids, fitted.kinds):
       for start in range(0, len(column), _CHUNK):
@@ -211,8 +215,20 @@ class Pipeline:
   def report(self) -> Report:
     rejects = [*self.source.rejects, *self.rejects]
     return describe(
-      self.source, self.fitted, self.plan, self.spec, self.loader.tokenize, rejects=rejects, parts=self.parts
+      self.source,
+      self.fitted,
+      self.plan,
+      self.spec,
+      self.loader.count_text,
+      rejects=rejects,
+      parts=self.parts,
+      most_texts=self._countable(),
     )
+
+  def _countable(self) -> int:
+    """Captions to count for a report: embeddings whose length is not stored have to be made."""
+    is_cheap = not self.config.text or all(texts.held_by(self.source))
+    return _COUNTED if is_cheap else _EMBEDDED
 
 
 def part_ends(source: Source) -> dict[str, int]:

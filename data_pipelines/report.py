@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from data_pipelines.cli import add_arguments
 from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec, build_source
+from data_pipelines.texts import reader
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   as_json = arguments.pop("json")
   try:
     config = DataConfig(**arguments)
-    report = Pipeline(build_source(config), config, batch_spec(config), str.split, split="all").report()
+    count = reader(config, str.split)
+    report = Pipeline(build_source(config), config, batch_spec(config), count, split="all").report()
   except ValueError as e:
     print(f"error: {e}", file=sys.stderr)
     return 2

@@ -2,8 +2,8 @@
 
 {v, id, kind, shape, fps, captions, codec, frames} with kind "pixels", shape (T, H, W, 3), or
 {v, id, kind, shape, fps, captions, dtype, data, encoder} with kind "latent", shape (t, h, w, C);
-either may have text: one {shape, dtype, data} per caption, and text_encoder. Arrays are little-endian,
-in C order.
+either may have text: one {shape, dtype, data} per caption (none of an empty one), and text_encoder. Arrays
+are little-endian, in C order.
 """
 
 import math
@@ -83,7 +83,8 @@ def _fed(data: memoryview) -> msgpack.Unpacker:
 
 
 def pack_array(array: np.ndarray, dtype: str) -> dict[str, Any]:
-  values = np.ascontiguousarray(array, DTYPES[dtype])
+  with np.errstate(over="ignore"):  # infinite then, which whoever packs looks for
+    values = np.ascontiguousarray(array, DTYPES[dtype])
   return {"shape": list(values.shape), "dtype": dtype, "data": values.tobytes()}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from data_pipelines.sizes import Fitted
-from data_pipelines.sources.base import Source
+from data_pipelines.sources.base import SampleInfo, Source
 from sora_jax.packing.geometry import num_tokens
 from sora_jax.packing.pack import share_text
 from sora_jax.packing.plan import RowPlan
@@ -15,7 +15,6 @@ from sora_jax.types import BatchSpec
 
 _SECONDS = (1, 2, 5, 10, 30, 60, 600)
 _LISTED = 50  # names printed of those skipped
-_TEXTS = 2**18  # captions looked at, at most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,19 +90,20 @@ def describe(
   fitted: Fitted,
   plan: RowPlan,
   spec: BatchSpec,
-  tokenize: Callable[[str], Sequence[int]],
+  count_text: Callable[[SampleInfo], int],
   *,
   rejects: Sequence[tuple[str, str]],
   parts: Sequence[str],
+  most_texts: int,
 ) -> Report:
   """Of the samples as the end of the run sees them; captions of large sets by a sample of them."""
   counts = np.bincount(fitted.kinds, minlength=len(fitted.natives)).tolist()
   kinds = [(native, c) for native, c in zip(fitted.natives, counts) if c]
   videos = [(native, c) for native, c in kinds if native[0] > 1]
-  shown = np.linspace(0, len(fitted) - 1, min(len(fitted), _TEXTS)).astype(np.int64)
-  captions = [source.info(int(fitted.ids[n])).captions for n in shown]
+  shown = np.linspace(0, len(fitted) - 1, min(len(fitted), most_texts)).astype(np.int64)
+  infos = [source.info(int(fitted.ids[n])) for n in shown]
   times = len(fitted) / len(shown)
-  text_lengths = {int(n): len(tokenize(next((t for t in c if t), ""))) for n, c in zip(shown, captions)}
+  text_lengths = {int(n): count_text(info) for n, info in zip(shown, infos)}
   cut_tokens = cut_captions = 0
   for row in plan.rows_of_epoch(0) if times == 1 else ():
     texts = [text_lengths[i] for i in row.ids]
@@ -122,7 +122,7 @@ def describe(
     samples=len(fitted),
     videos=sum(c for _, c in videos),
     images=len(fitted) - sum(c for _, c in videos),
-    without_caption=round(sum(not any(c) for c in captions) * times),
+    without_caption=round(sum(not any(info.captions) for info in infos) * times),
     rejects=list(rejects),
     notes=list(getattr(source, "notes", [])),
     sizes=dict(sizes.most_common()),

@@ -4,6 +4,7 @@
   python -m sora_jax.benchmark --what=attention [--tokens=8192 --segments=8 --heads=6 --repeats=3]
   python -m sora_jax.benchmark --what=flops    counted, nothing is run: a table of docs/results.md
   python -m sora_jax.benchmark --what=gpu      S and XL at 8k to 64k tokens; without a GPU it says so
+  python -m sora_jax.benchmark --what=packing  packed, bucketed, padded rows of one set [--rows=4 ...]
   python -m sora_jax.benchmark --what=overhead
 
 Ours and its yardstick take turns, so that what else runs on the machine hits both alike. CPU seconds say more
@@ -24,14 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from sora_jax import benchmark_baseline, benchmark_flops, benchmark_gpu, benchmark_overhead
+from sora_jax import benchmark_baseline, benchmark_flops, benchmark_gpu, benchmark_overhead, benchmark_packing
 from sora_jax.models.dit import DiTConfig
 from sora_jax.nn.attention_chunked import attend_chunked
 from sora_jax.nn.attention_dense import attend_dense
 from sora_jax.types import BatchSpec, TokenBatch
 
 _WHAT = flags.DEFINE_enum(
-  "what", "step", ["step", "attention", "overhead", "flops", "gpu"], "what to measure"
+  "what", "step", ["step", "attention", "packing", "overhead", "flops", "gpu"], "what to measure"
 )
 _WIDTH = flags.DEFINE_integer("width", 384, "model width", lower_bound=8)
 _DEPTH = flags.DEFINE_integer("depth", 12, "blocks", lower_bound=1)
@@ -199,6 +200,23 @@ def measure_attention() -> dict[str, object]:
   return {"rows": rows, "tokens": tokens, "segments": segments, "heads": _HEADS.value, **result}
 
 
+def measure_packing() -> dict[str, object]:
+  rows, row_tokens = _ROWS.value or 4, _TOKENS.value or 1024
+  lengths = benchmark_packing.lengths_of()
+  made = benchmark_packing.programs(DiTConfig(size="XS"), rows=rows, row_tokens=row_tokens, lengths=lengths)
+  timings = take_turns({str(n): p.run for n, p in enumerate(made)}, _REPEATS.value)
+  medians = [
+    {key: statistics.median(t[key] for t in turns) for key in turns[0]} for turns in timings.values()
+  ]
+  return {
+    "model": "XS",
+    "tokens_of_a_step": rows * row_tokens,
+    "samples": len(lengths),
+    "tokens_of_samples": [int(lengths.min()), float(np.median(lengths)), int(lengths.max())],
+    "sides": benchmark_packing.summarised(made, medians, int(lengths.sum())),
+  }
+
+
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument {argv[1]!r}")
@@ -214,7 +232,8 @@ def main(argv):
     return
   print(f"measuring {_WHAT.value}, {_REPEATS.value} repeats: a minute or more", file=sys.stderr, flush=True)
   measured = {
-    "step": measure_step, "attention": measure_attention, "overhead": benchmark_overhead.measure,
+    "step": measure_step, "attention": measure_attention, "packing": measure_packing,
+    "overhead": benchmark_overhead.measure,
   }[_WHAT.value]()  # fmt: skip
   print(json.dumps({"what": _WHAT.value, **measured, "repeats": _REPEATS.value, **machine()}), flush=True)
 

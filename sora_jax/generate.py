@@ -15,16 +15,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from sora_jax.conditioning.tokenizer import NULL_ID
 from sora_jax.diffusion import samplers
 from sora_jax.diffusion.objectives import ObjectiveConfig
 from sora_jax.packing import geometry, plan
 from sora_jax.packing.geometry import Patch
-from sora_jax.packing.pack import PackedSample, pack_row, stack_rows
+from sora_jax.packing.pack import PackedSample, pack_row, stack_rows, text_of
 from sora_jax.parallel import mesh as mesh_lib
 from sora_jax.tasks import text_to_video
-from sora_jax.types import Array, BatchSpec, TokenBatch
+from sora_jax.types import NULL_ID, Array, BatchSpec, TokenBatch
 
+Text = list[int] | np.ndarray  # ids, or an embedding (M, D)
 TEXT_MULTIPLE = 32  # text tokens of a row are rounded up to this, so that few programs are compiled
 
 
@@ -111,14 +111,14 @@ def generate_float(
   *,
   config: SampleConfig,
   diffusion: ObjectiveConfig,
-  tokenize: Callable[[str], list[int]],
+  tokenize: Callable[[str], Text],
   spec: BatchSpec,
   patch: Patch,
 ) -> list[np.ndarray]:
   """(T, H, W, 3) of every request, in order, about in [-1, 1].
 
-  `spec` bounds the rows made at a time; they grow longer where one sample needs more tokens. Run it under
-  `jax.set_mesh` to spread the rows over devices.
+  `tokenize` gives a prompt's ids or embedding. `spec` bounds the rows made at a time; they grow longer where
+  one sample needs more tokens. Run it under `jax.set_mesh` to spread the rows over devices.
   """
   for request in requests:
     check(request, patch)
@@ -127,7 +127,10 @@ def generate_float(
   samples = [_pack_sample(r, tokenize, patch) for r in requests]
   negatives = [
     dataclasses.replace(
-      s, text_ids=tokenize(r.negative_prompt) if r.negative_prompt else [NULL_ID] * len(s.text_ids)
+      s,
+      **text_of(tokenize(r.negative_prompt))
+      if r.negative_prompt
+      else {"text_ids": [NULL_ID] * len(s.text_ids)},
     )
     for s, r in zip(samples, requests)
   ]
@@ -174,7 +177,7 @@ def _num_given(prompt_frames: int, pt: int) -> int:
   return max(pt, prompt_frames // pt * pt)
 
 
-def _pack_sample(request: Request, tokenize: Callable[[str], list[int]], patch: Patch) -> PackedSample:
+def _pack_sample(request: Request, tokenize: Callable[[str], Text], patch: Patch) -> PackedSample:
   size = geometry.ClipSpec(request.num_frames, request.height, request.width, request.fps)
   grid = geometry.grid_of(size, patch)
   tokens_LC = np.zeros((math.prod(grid), 3 * math.prod(patch)), np.float32)
@@ -189,7 +192,7 @@ def _pack_sample(request: Request, tokenize: Callable[[str], list[int]], patch: 
     tokens_LC=tokens_LC,
     grid=grid,
     sample_id=0,
-    text_ids=tokenize(request.prompt),
+    **text_of(tokenize(request.prompt)),
     fps=request.fps if request.num_frames > 1 else 0.0,
     given_L=given_L,
   )

@@ -49,6 +49,7 @@ def define_flags() -> None:
   flags.DEFINE_string("output_dir", None, "Default: WORKDIR/samples/step_XXXXXX.")
   flags.DEFINE_integer("step", None, "Step of the checkpoint. Default: the newest.")
   flags.DEFINE_bool("ema", True, "Use the averaged weights.")
+  flags.DEFINE_string("text_encoder", "", "package.module:Class, where data.text names only a hash.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> int:
   asked += prompts.read(FLAGS.prompts_file) if FLAGS.prompts_file else []
   if not asked:
     raise ValueError('nothing to sample: give --prompt="..." or --prompts_file=FILE')
-  run = trained.load(FLAGS.workdir, step=FLAGS.step, ema=FLAGS.ema)
+  run = trained.load(FLAGS.workdir, step=FLAGS.step, ema=FLAGS.ema, text_encoder=FLAGS.text_encoder)
   jobs = [job for values in asked for job in _jobs(run, values)]
   _announce(run, jobs)
   output_dir = Path(FLAGS.output_dir or run.workdir / "samples" / f"step_{run.step:06d}")

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import jax
 import ml_collections
+import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
 from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec, build_source, part_ends, split_ids
 from data_pipelines.sources.base import NoCaptionsError, Source
-from sora_jax import cli, sample_grid
+from data_pipelines.texts import Embedder
+from sora_jax import cli, sample_grid, trained
 from sora_jax.conditioning import tokenizer as tokenizer_lib
 from sora_jax.conditioning.tokenizer import Tokenizer
 from sora_jax.diffusion.objectives import ObjectiveConfig
@@ -28,7 +30,7 @@ from sora_jax.parallel import agreement, cluster, exits, hostlog, multihost
 from sora_jax.parallel.mesh import MeshConfig, local_rows, make_mesh
 from sora_jax.parallel.sentinel import Sentinel
 from sora_jax.tasks import registry
-from sora_jax.trained import TOKENIZER
+from sora_jax.trained import TEXT_ENCODER, TOKENIZER
 from sora_jax.training import checkpoint
 from sora_jax.training.hooks import Hook
 from sora_jax.training.loop import TrainConfig, fit
@@ -88,7 +90,7 @@ def main(argv: list[str]) -> int:
   workdir.mkdir(parents=True, exist_ok=True)
   hostlog.open_in(workdir, jax.process_index())
   source = readable_source(data)
-  tokenizer = vocabulary(workdir, source, data, config.text)
+  tokenizer = text_reader(workdir, source, data, config.text)
   task = registry.build(config, batch_spec=spec, vocab_size=tokenizer.vocab_size, parts=part_ends(source))
   pipeline = Pipeline(source, data, spec, tokenizer)
   hostlog.say(str(pipeline.report()))
@@ -142,6 +144,25 @@ def note_data(workdir: Path, fingerprint: str) -> None:
     path.write_text(fingerprint + "\n")
 
 
+def text_reader(
+  workdir: Path, source: Source, data: DataConfig, text: ml_collections.ConfigDict
+) -> Tokenizer | Embedder:
+  """The run's vocabulary, or what embeds captions for it; a run keeps the kind of text that it began with."""
+  mark = workdir / TEXT_ENCODER
+  if (workdir / TOKENIZER if data.text else mark).is_file():
+    raise ValueError(
+      f"workdir {workdir} holds a run of another configuration: its text is "
+      + ("token ids, not embeddings (data.text)" if data.text else "embeddings, not token ids (data.text)")
+    )
+  if not data.text:
+    return vocabulary(workdir, source, data, text)
+  embedder = Embedder(data.text, data.text_width, text.max_tokens)
+  trained.check_text(workdir, embedder)
+  if multihost.is_main():
+    mark.write_text(json.dumps({"hash": embedder.hash, "width": data.text_width}) + "\n", encoding="utf-8")
+  return embedder
+
+
 def vocabulary(workdir: Path, source, data: DataConfig, text: ml_collections.ConfigDict) -> Tokenizer:
   """That of the workdir; learned from the captions to train on where there is none yet."""
   path = workdir / TOKENIZER
@@ -157,12 +178,15 @@ def vocabulary(workdir: Path, source, data: DataConfig, text: ml_collections.Con
 
 
 def grids(
-  config: ml_collections.ConfigDict, train: Pipeline, held_out: Pipeline | None, tokenizer: Tokenizer
+  config: ml_collections.ConfigDict,
+  train: Pipeline,
+  held_out: Pipeline | None,
+  tokenizer: Tokenizer | Embedder,
 ) -> tuple[Hook, ...]:
   """Sample grids during training, of captions that are held out and of some that are not."""
   sample, patch = registry.section(SampleConfig, config, "sample"), train.config.patch
   num_seen = sample.num_seen if held_out else sample.num_samples
-  requests, labels = [], []
+  requests, labels, texts = [], [], {}
   for pipeline, count, note in (
     (held_out, sample.num_samples - num_seen, ""),
     (train, num_seen, "trained on: "),
@@ -171,6 +195,7 @@ def grids(
       new = sample_grid.requests_of(pipeline.infos, pipeline.specs, patch=patch, num_samples=count)
       requests += [dataclasses.replace(r, index=len(requests) + i) for i, r in enumerate(new)]
       labels += [note + r.prompt for r in new]
+      texts |= embedded(pipeline, {r.prompt for r in new}) if train.config.text else {}
   if not requests:
     return ()
   hook = sample_grid.sample_hook(
@@ -178,11 +203,21 @@ def grids(
     labels,
     config=sample,
     diffusion=registry.section(ObjectiveConfig, config, "diffusion"),
-    tokenize=tokenizer,
+    tokenize=texts.__getitem__ if train.config.text else tokenizer,
     spec=train.spec,
     patch=patch,
   )
   return (hook,)
+
+
+def embedded(pipeline: Pipeline, captions: set[str]) -> dict[str, np.ndarray]:
+  """Of captions of the data: a set that was prepared needs no encoder for them."""
+  loader, texts = pipeline.loader, {}
+  for info in pipeline.infos.values():
+    first = next(iter(info.captions), "")
+    if first in captions and first not in texts:
+      texts[first] = loader.text(info, first)
+  return texts
 
 
 if __name__ == "__main__":

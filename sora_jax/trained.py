@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from data_pipelines.config import DataConfig, batch_spec
+from data_pipelines.texts import Embedder
 from sora_jax.conditioning import tokenizer as tokenizer_lib
 from sora_jax.conditioning.tokenizer import Tokenizer
 from sora_jax.diffusion.objectives import ObjectiveConfig
@@ -24,7 +25,7 @@ from sora_jax.training import state as state_lib
 from sora_jax.training.optimizer import OptimizerConfig
 from sora_jax.types import BatchSpec
 
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+CONFIG, TOKENIZER, TEXT_ENCODER = "config.json", "tokenizer.json", "text_encoder.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class TrainedRun:
   step: int  # of the checkpoint
   which: str  # "ema" or "params"
   config_digest: str
-  tokenizer: Tokenizer
+  tokenizer: Tokenizer | Embedder
   model: nnx.Module
   mesh: Mesh
   data: DataConfig
@@ -42,16 +43,17 @@ class TrainedRun:
   spec: BatchSpec
 
 
-def load(workdir: str | Path, *, step: int | None = None, ema: bool = True) -> TrainedRun:
-  """Config, vocabulary and weights of the newest sound checkpoint, or of that of `step`."""
+def load(
+  workdir: str | Path, *, step: int | None = None, ema: bool = True, text_encoder: str = ""
+) -> TrainedRun:
+  """Config, vocabulary and weights of the newest sound checkpoint, or of that of `step`. `text_encoder` makes
+  the embeddings of a run whose config names only the hash of theirs."""
   workdir = Path(workdir)
-  for name in (CONFIG, TOKENIZER):
-    if not (workdir / name).is_file():
-      raise FileNotFoundError(f"{workdir} is not the workdir of a training run: it has no {name}")
+  _require(workdir, CONFIG)
   text = (workdir / CONFIG).read_text(encoding="utf-8")
   config = ml_collections.ConfigDict(json.loads(text))
-  tokenizer = tokenizer_lib.load(workdir / TOKENIZER, max_tokens=config.text.max_tokens)
   data = registry.section(DataConfig, config, "data")
+  tokenizer = _text_reader(workdir, data, config.text.max_tokens, text_encoder)
   spec = batch_spec(data)
   task = registry.build(config, batch_spec=spec, vocab_size=tokenizer.vocab_size)
   mesh = make_mesh(MeshConfig())
@@ -71,6 +73,32 @@ def load(workdir: str | Path, *, step: int | None = None, ema: bool = True) -> T
     sample=registry.section(SampleConfig, config, "sample"),
     spec=spec,
   )
+
+
+def _require(workdir: Path, name: str) -> None:
+  if not (workdir / name).is_file():
+    raise FileNotFoundError(f"{workdir} is not the workdir of a training run: it has no {name}")
+
+
+def _text_reader(workdir: Path, data: DataConfig, max_tokens: int, text_encoder: str) -> Tokenizer | Embedder:
+  if not data.text:
+    _require(workdir, TOKENIZER)
+    return tokenizer_lib.load(workdir / TOKENIZER, max_tokens=max_tokens)
+  _require(workdir, TEXT_ENCODER)
+  embedder = Embedder(text_encoder or data.text, data.text_width, max_tokens)
+  check_text(workdir, embedder)
+  return embedder
+
+
+def check_text(workdir: Path, embedder: Embedder) -> None:
+  """Refuses an encoder other than the one whose embeddings the run in `workdir` was trained on."""
+  path = workdir / TEXT_ENCODER
+  held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+  if held and (held["hash"], held["width"]) != (embedder.hash, embedder.width):
+    raise ValueError(
+      f"{workdir} was trained on text embeddings of encoder {held['hash']}, of width {held['width']}; "
+      f"{embedder.name} is encoder {embedder.hash}, of width {embedder.width}"
+    )
 
 
 def sample(run: TrainedRun, requests: Sequence[Request], config: SampleConfig) -> list[np.ndarray]:

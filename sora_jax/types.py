@@ -24,6 +24,9 @@ Sums = dict[str, tuple[Array, Array]]
 
 PADDING = 0  # segment of tokens that belong to no sample
 NO_SAMPLE = -1  # sample_id of an empty slot
+# Text ids below those of a vocabulary: of padding, of no caption, of the start of one (or of any token of an
+# embedding).
+PAD_ID, NULL_ID, START_ID = 0, 1, 2
 
 
 @jax.tree_util.register_dataclass
@@ -46,6 +49,9 @@ class TokenBatch:
   label_BN: Array | np.ndarray  # int32 class label, -1 where there is none
   sample_id_BN: Array | np.ndarray  # int32, NO_SAMPLE for an empty slot; seeds all randomness of a sample
   unreadable_B: Array | np.ndarray  # int32, samples planned for the row that could not be read
+  # float16, embeddings of the text tokens by an encoder that is not trained (`text_ids` then tells START_ID
+  # from NULL_ID); None where the model encodes `text_ids`. D is theirs, not the model's.
+  text_BMD: Array | np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +63,7 @@ class BatchSpec:
   channels: int  # C
   samples: int  # N
   text_tokens: int  # M
+  text_width: int = 0  # of embeddings; 0 = text is ids
 
   def zeros(self, rows: int | None = None) -> TokenBatch:
     """An all-padding batch of numpy arrays (`rows` overrides B)."""
@@ -73,6 +80,7 @@ class BatchSpec:
       label_BN=np.full((B, N), -1, np.int32),
       sample_id_BN=np.full((B, N), NO_SAMPLE, np.int32),
       unreadable_B=np.zeros((B,), np.int32),
+      text_BMD=np.zeros((B, M, self.text_width), np.float16) if self.text_width else None,
     )
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sora_jax import benchmark_flops, benchmark_gpu
+from sora_jax import benchmark_flops, benchmark_gpu, benchmark_packing
 from sora_jax.models.dit import DiTConfig, linear_flops, model_flops
 from sora_jax.nn.attention_tpu import Blocks
 
@@ -49,3 +49,33 @@ def test_gpu_benchmark_runs():
 def test_buckets():
   buckets = benchmark_gpu.buckets_of([np.array([8, 9]), np.array([16, 5])])
   assert {size: [int(x[0]) for x in samples] for size, samples in buckets.items()} == {8: [8, 5], 16: [9, 16]}
+
+
+def test_layouts_hold_the_same_samples_at_equal_compute():
+  lengths = benchmark_packing.lengths_of(600)
+  sides = benchmark_packing.layouts(lengths, 4, 1024, 128)
+  assert list(sides) == ["packed, best_fit", "packed, greedy", "bucketed", "padded"]
+  for side, batches in sides.items():
+    slots = 0.0
+    for rows, length, steps in batches:
+      assert all(row.sum() <= length for row in rows) and 3072 < len(rows) * length <= 4096, side
+      slots += steps * len(rows) * length
+    waste = 1 - lengths.sum() / slots
+    assert waste < {"packed, best_fit": 0.03, "packed, greedy": 0.04, "bucketed": 0.12, "padded": 0.9}[side]
+    if not side.startswith("packed"):
+      assert sum(len(rows) * steps for rows, _, steps in batches) == pytest.approx(len(lengths))
+  planned = np.concatenate(benchmark_packing.packed_rows(lengths, 1024, "best_fit", 128))
+  assert sorted(planned.tolist()) == sorted(lengths.tolist())
+
+
+@pytest.mark.slow
+def test_packing_benchmark_runs():
+  lengths = benchmark_packing.lengths_of(40) // 8
+  made = benchmark_packing.programs(TINY, rows=1, row_tokens=128, lengths=lengths)
+  for program in made:
+    program.run()
+  times = [{"wall_s": float(p.slots), "cpu_s": 2.0 * p.slots} for p in made]  # as if all slots cost alike
+  result = benchmark_packing.summarised(made, times, int(lengths.sum()))
+  for side in result.values():
+    assert side["tokens_per_s"] == pytest.approx(1 - side["padding_percent"] / 100, abs=0.06)
+  assert result["packed, best_fit"]["tokens_per_s_over_padded"] > 1.3 and result["padded"]["programs"] == 1

@@ -33,6 +33,9 @@ def test_rows_stack_into_the_shapes_of_the_spec():
   batch = stack_rows([pack_row([make_sample((1, 2, 2), 1)], SPEC), pack_row([], SPEC, unreadable=2)])
   for name, zeros in vars(SPEC.zeros()).items():
     array = getattr(batch, name)
+    if zeros is None:  # text as ids
+      assert array is None, name
+      continue
     assert array.shape == zeros.shape and array.dtype == zeros.dtype, name
   assert batch.unreadable_B.tolist() == [0, 2]
 

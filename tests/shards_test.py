@@ -222,7 +222,7 @@ def test_latents_are_those_of_the_encoder(latents):
 def test_latents_of_another_encoder_are_refused(latents):
   out, pixels = latents
   for path, kwargs, line in (
-    (out, {"encoder": ""}, "holds latents of encoder pool-v1, pixels are wanted"),
+    (out, {"encoder": ""}, "holds latents of encoder pool-v1, the run wants pixels: prepare it without"),
     (out, {"encoder": "vae-2"}, "holds latents of encoder pool-v1, the run wants latents of encoder vae-2"),
     (pixels, {"encoder": "vae-2"}, "holds pixels, the run wants latents of encoder vae-2"),
   ):

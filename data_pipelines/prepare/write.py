@@ -108,11 +108,22 @@ def make_record(sample: Sample, source: Any, config: PrepareConfig) -> tuple[byt
     texts = captions_lib.clean([made] if isinstance(made, str) else made)
   record = {"id": sample.id, "captions": list(texts), **_picture(frames, sample, config)}
   if config.has("encode_text"):
-    made = [hooks.array(config.text, name, hooks.call(config.text, name, text), 2) for text in texts or ("",)]
     record["text_encoder"] = hooks.encoder_hash(config.text)
-    record["text"] = [shard_records.pack_array(m, config.latent_dtype) for m in made]
+    record["text"] = [_embedding(text, name, config) if text else None for text in texts]
   data = shard_records.pack(record)
   return data, {**_row(sample, record, config), "bytes": len(data), "crc32": zlib.crc32(data)}
+
+
+def _embedding(caption: str, where: str, config: PrepareConfig) -> dict[str, Any]:
+  made = hooks.array(config.text, where, hooks.call(config.text, where, caption), 2)
+  return _packed(made, config.text, where, config.latent_dtype)
+
+
+def _packed(values: np.ndarray, hook: str, where: str, dtype: str) -> dict[str, Any]:
+  packed = shard_records.pack_array(values, dtype)
+  if not np.isfinite(shard_records.array_of(packed)).all():
+    raise hooks.HookError(f"{hook} gives values for {where} that {dtype} cannot hold: see --latent_dtype")
+  return packed
 
 
 def _picture(frames: np.ndarray, sample: Sample, config: PrepareConfig) -> dict[str, Any]:
@@ -125,7 +136,7 @@ def _picture(frames: np.ndarray, sample: Sample, config: PrepareConfig) -> dict[
   name, hook = sample.item.name, config.latents
   values = hooks.encode(hook, name, frames)
   fps = float(sample.fps / hooks.latent_factors(hook)[0]) if len(values) > 1 else 0.0
-  packed = shard_records.pack_array(values, config.latent_dtype)
+  packed = _packed(values, hook, name, config.latent_dtype)
   return {"kind": "latent", "encoder": hooks.encoder_hash(hook), "fps": fps, **packed}
 
 
@@ -156,6 +167,7 @@ def _row(sample: Sample, record: dict[str, Any], config: PrepareConfig) -> dict[
     "scores": json.dumps(sample.scores, sort_keys=True),
     "encoder": record.get("encoder", ""),
     "text_encoder": record.get("text_encoder", ""),
+    "text_tokens": [made["shape"][0] if made else 0 for made in record["text"]] if "text" in record else None,
   }
 
 

@@ -86,6 +86,8 @@ class Source(Protocol):
 
   A source of millions also has `sizes() -> Sizes`, memory-mapped if it likes: planning then asks no `info`.
   One of latents has `encoder_hash`, not empty; its sizes count latent cells and `load` gives floats.
+  One with embeddings of its captions has `text_encoder_hash`, `text(i, k)`, that of caption k, and
+  `text_tokens(i, k)`, its length; each may be None where that is not known.
   """
 
   name: str
@@ -102,6 +104,16 @@ class Source(Protocol):
   def fingerprint(self) -> str:
     """Changes when the samples do."""
     ...
+
+
+def require_encoder(
+  name: str, held: str, wanted: str, *, what: str = "latents", instead: str = "pixels"
+) -> None:
+  """Those of another encoder are noise to a model: refused, as is `instead` in their place."""
+  if held != wanted:
+    has, wants = (f"{what} of encoder {mark}" if mark else instead for mark in (held, wanted))
+    remedy = "prepare it with that encoder" if wanted else "prepare it without one"
+    raise ValueError(f"{name} holds {has}, the run wants {wants}: {remedy}")
 
 
 def sizes_of(source: Source) -> Sizes:

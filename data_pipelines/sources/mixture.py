@@ -57,6 +57,9 @@ class MixedSource:
       told = ", ".join(f"{name} {'latents of ' + h if h else 'pixels'}" for h, name in hashes.items())
       raise ValueError(f"data.sources mixes what one model cannot see at once: {told}")
     (self.encoder_hash,) = hashes
+    self.text_encoder_hashes = tuple(
+      dict.fromkeys(getattr(source, "text_encoder_hash", "") for source in self._sources)
+    )
 
   def __len__(self) -> int:
     return self._ends[-1]
@@ -77,6 +80,16 @@ class MixedSource:
   def load(self, i: int, spec: ClipSpec, start_s: float = 0.0) -> np.ndarray:
     p, k = self.place(i)
     return self._sources[p].load(k, spec, start_s)
+
+  def text(self, i: int, caption: int = 0) -> np.ndarray | None:
+    p, k = self.place(i)
+    source = self._sources[p]
+    return source.text(k, caption) if getattr(source, "text_encoder_hash", "") else None
+
+  def text_tokens(self, i: int, caption: int = 0) -> int | None:
+    p, k = self.place(i)
+    source = self._sources[p]
+    return source.text_tokens(k, caption) if getattr(source, "text_encoder_hash", "") else None
 
   def fingerprint(self) -> str:
     marks = repr([(part, s.fingerprint()) for part, s in zip(self.parts, self._sources)])

@@ -19,12 +19,13 @@ import pyarrow.parquet as pq
 from data_pipelines import clip_codec, media_io, shard_bytes, shard_records
 from data_pipelines.parts import UnreadableError
 from data_pipelines.sources import paths
-from data_pipelines.sources.base import SampleInfo, Sizes
+from data_pipelines.sources.base import SampleInfo, Sizes, require_encoder
 from sora_jax.packing.geometry import ClipSpec
 
 FORMAT, VERSION = "sora_jax shards", 1
 INDEX, ABOUT = "index.parquet", "shards.json"
 _MAX_OPEN = 128
+_MAY_BE_EMPTY = ("crop", "text_tokens")  # cells of the index
 PIXELS = ""  # encoder of a set that holds pixels
 
 SCHEMA = pa.schema(
@@ -36,7 +37,7 @@ SCHEMA = pa.schema(
     ("pixel_width", pa.int32()), ("tokens", pa.int64()), ("captions", pa.list_(pa.string())),
     ("label", pa.int32()), ("source", pa.string()), ("start_s", pa.float64()), ("stop_s", pa.float64()),
     ("crop", pa.list_(pa.int32())), ("hashes", pa.list_(pa.string())), ("scores", pa.string()),
-    ("encoder", pa.string()), ("text_encoder", pa.string()),
+    ("encoder", pa.string()), ("text_encoder", pa.string()), ("text_tokens", pa.list_(pa.int32())),
   ]
 )  # fmt: skip
 
@@ -76,7 +77,7 @@ class ShardSource:
       raise ValueError(f"{path}/{INDEX}: {str(e).splitlines()[0]}") from e
     _check_table(path, table)
     self.rejects: list[tuple[str, str]] = []
-    self._table = table
+    self._table, self._last = table, threading.local()
     numbers = (
       "num_frames",
       "height",
@@ -149,14 +150,27 @@ class ShardSource:
   def text(self, i: int, caption: int = 0) -> np.ndarray:
     """(tokens, width) of a caption's embedding, by `text_encoder_hash`."""
     texts = self._record(i).get("text")
+    self._last.record = None
     if not isinstance(texts, list) or not 0 <= caption < len(texts) or not isinstance(texts[caption], dict):
       raise UnreadableError("no_text", f"record {i} has no embedding of caption {caption}")
     return shard_records.array_of(texts[caption])
+
+  def text_tokens(self, i: int, caption: int = 0) -> int | None:
+    counts = self._table["text_tokens"][i].as_py()
+    return (counts[caption] if counts and caption < len(counts) else 0) or None
 
   def fingerprint(self) -> str:
     return f"{self._mark}:{self.encoder_hash}"
 
   def _record(self, i: int) -> dict[str, Any]:
+    """One that has texts is kept, by this thread, until they are asked for, which mostly comes next."""
+    place, record = getattr(self._last, "record", None) or (-1, None)
+    if place != i:
+      record = self._read(i)
+      self._last.record = (i, record) if self.text_encoder_hash else None
+    return record
+
+  def _read(self, i: int) -> dict[str, Any]:
     shard, columns = self._table["shard"][i].as_py(), self._columns
     offset, span = int(columns["offset"][i]), int(columns["span"][i])
     data = self._files.record(shard, offset, span)
@@ -167,18 +181,6 @@ class ShardSource:
 
 def _reopened(path: str, encoder: str, allow_outside_root: bool) -> ShardSource:
   return ShardSource(path, encoder, allow_outside_root=allow_outside_root)
-
-
-def require_encoder(name: str, held: str, wanted: str) -> None:
-  """Latents of another encoder are noise to a model: refused, as are pixels in place of latents."""
-  if held == wanted:
-    return
-  if not wanted:
-    raise ValueError(
-      f"{name} holds latents of encoder {held}, pixels are wanted: prepare it without --latents"
-    )
-  what = f"latents of encoder {held}" if held else "pixels"
-  raise ValueError(f"{name} holds {what}, the run wants latents of encoder {wanted}: prepare it again")
 
 
 class _Files:
@@ -254,7 +256,7 @@ def _check_table(path: str, table: pa.Table) -> None:
   if not len(table):
     raise ValueError(f"{path}/{INDEX} has no samples")
   for name in SCHEMA.names:
-    if table[name].null_count and name != "crop":
+    if table[name].null_count and name not in _MAY_BE_EMPTY:
       raise ValueError(f"{path}/{INDEX}: column {name} has empty cells")
   for name, least in (("num_frames", 1), ("height", 1), ("width", 1), ("span", 1), ("offset", 0), ("fps", 0)):
     values = table[name].to_numpy()

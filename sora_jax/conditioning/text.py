@@ -1,4 +1,4 @@
-"""A small text encoder, trained with the denoiser."""
+"""A small text encoder, trained with the denoiser: over token ids, or embeddings of a large frozen one."""
 
 import dataclasses
 
@@ -8,12 +8,11 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
-from sora_jax.conditioning.tokenizer import NULL_ID
 from sora_jax.nn import layers
 from sora_jax.nn.attention import attend
 from sora_jax.nn.layout import by_rows
 from sora_jax.packing.pack import tokens_of_samples
-from sora_jax.types import Array, TokenBatch
+from sora_jax.types import NULL_ID, Array, TokenBatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,25 +50,38 @@ class TextBlock(nnx.Module):
 
 
 class TextEncoder(nnx.Module):
-  """Packed token ids -> features of every token and one pooled vector a sample."""
+  """Packed token ids, or embeddings of `embedding_width` -> features of every token and one pooled vector a
+  sample."""
 
-  def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+  def __init__(self, config: TextConfig, *, embedding_width: int = 0, rngs: nnx.Rngs):
     self.config = config
-    self.table = layers.param(rngs, (config.vocab_size, config.width), ("vocab", "embed"), std=1.0)
-    self.position = layers.param(rngs, (config.max_tokens, config.width), (None, "embed"), std=0.1)
+    if embedding_width:
+      self.project = layers.Linear(embedding_width, config.width, logical=(None, "embed"), rngs=rngs)
+      self.null = layers.param(rngs, (config.width,), ("embed",), std=1.0)
+    else:
+      self.table = layers.param(rngs, (config.vocab_size, config.width), ("vocab", "embed"), std=1.0)
+      self.position = layers.param(rngs, (config.max_tokens, config.width), (None, "embed"), std=0.1)
     self.blocks = nnx.List([TextBlock(config.width, config.heads, rngs=rngs) for _ in range(config.depth)])
 
   def __call__(self, batch: TokenBatch) -> tuple[Array, Array]:
     """Returns text_BMD (fp32) and pooled_BND, the mean over each sample's tokens."""
     segment = batch.text_segment_BM
-    place = jnp.minimum(place_in_segment(segment), self.config.max_tokens - 1)
-    x = by_rows(self.table[...][batch.text_ids_BM]) + by_rows(self.position[...][place])
+    x = self._looked_up(batch) if batch.text_BMD is None else self._embedded(batch)
     for block in self.blocks:
       x = by_rows(block(x, segment))
     x = layers.layer_norm(x)
     one_hot = layers.slot_one_hot(segment, batch.fps_BN.shape[1] + 1)[..., 1:]
     total = jnp.einsum("bmn,bmd->bnd", one_hot, x)
     return x, total / jnp.maximum(one_hot.sum(axis=1), 1)[..., None]
+
+  def _looked_up(self, batch: TokenBatch) -> Array:
+    place = jnp.minimum(place_in_segment(batch.text_segment_BM), self.config.max_tokens - 1)
+    return by_rows(self.table[...][batch.text_ids_BM]) + by_rows(self.position[...][place])
+
+  def _embedded(self, batch: TokenBatch) -> Array:
+    """Embeddings know their places; a caption that is dropped, or was never there, is one learned vector."""
+    x = self.project(layers.layer_norm(batch.text_BMD))
+    return by_rows(jnp.where((batch.text_ids_BM == NULL_ID)[..., None], self.null[...], x))
 
 
 def place_in_segment(segment_BM: Array) -> Array:
@@ -88,9 +100,9 @@ def drop_captions(batch: TokenBatch, drop_BN: Array) -> TokenBatch:
   return dataclasses.replace(batch, text_ids_BM=jnp.where(drop_BM, NULL_ID, batch.text_ids_BM))
 
 
-def model_flops(config: TextConfig, batch: TokenBatch) -> np.ndarray:
+def model_flops(config: TextConfig, batch: TokenBatch, embedding_width: int = 0) -> np.ndarray:
   """As models/dit.model_flops: [B], forward and backward pass of the encoder, from the real segments."""
   D, slots = config.width, np.shape(batch.grid_BN3)[1]
   lengths_BN = tokens_of_samples(np.asarray(batch.text_segment_BM), slots).astype(np.float64)
-  linear = 2.0 * lengths_BN.sum(-1) * 12 * D * D
-  return 3 * config.depth * (linear + 4.0 * D * (lengths_BN**2).sum(-1))
+  linear = 2.0 * lengths_BN.sum(-1) * (config.depth * 12 * D * D + embedding_width * D)
+  return 3 * (linear + config.depth * 4.0 * D * (lengths_BN**2).sum(-1))

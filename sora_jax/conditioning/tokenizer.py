@@ -7,8 +7,9 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-PAD_ID, NULL_ID, START_ID = 0, 1, 2
-SPECIAL = ["[PAD]", "[NULL]", "[START]"]
+from sora_jax.types import START_ID
+
+SPECIAL = ["[PAD]", "[NULL]", "[START]"]  # types.PAD_ID, NULL_ID, START_ID
 SMALLEST = 256 + len(SPECIAL)  # every byte, so that any text can be encoded
 
 

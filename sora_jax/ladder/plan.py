@@ -62,7 +62,7 @@ class Costing:
     if self.source is None:
       self.source = build_source(data)
       text = ml_collections.ConfigDict(self.base).text
-      self.tokenizer = train.vocabulary(self.folder, self.source, data, text)
+      self.tokenizer = train.text_reader(self.folder, self.source, data, text)
     key = repr(data)
     if key not in self.pipelines:
       self.pipelines[key] = (Pipeline(self.source, data, batch_spec(data), self.tokenizer), [])

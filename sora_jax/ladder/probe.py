@@ -19,7 +19,6 @@ from flax import nnx
 from data_pipelines.sources import synthetic
 from data_pipelines.sources.synthetic import Scene
 from sora_jax import trained
-from sora_jax.conditioning.tokenizer import NULL_ID
 from sora_jax.diffusion import objectives
 from sora_jax.evaluate import fitted
 from sora_jax.evaluation import probe as probe_lib
@@ -30,7 +29,7 @@ from sora_jax.scaling import abilities
 from sora_jax.tasks import text_to_video
 from sora_jax.trained import TrainedRun
 from sora_jax.training.digest import digest
-from sora_jax.types import Array, TokenBatch
+from sora_jax.types import NULL_ID, Array, TokenBatch
 
 FLAGS = flags.FLAGS
 RESULT = "probe.json"

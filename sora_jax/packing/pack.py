@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sora_jax.packing.geometry import Grid, positions
-from sora_jax.types import BatchSpec, TokenBatch
+from sora_jax.types import NULL_ID, START_ID, BatchSpec, TokenBatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,10 +17,20 @@ class PackedSample:
   grid: Grid
   sample_id: int
   text_ids: Sequence[int] = ()
+  text_MD: np.ndarray | None = None  # of each id, where the text is embeddings
   fps: float = 0.0
   label: int = -1
   given_L: np.ndarray | None = None
   position_L3: np.ndarray | None = None  # of `grid` where None
+
+
+def text_of(made: Sequence[int] | np.ndarray) -> dict[str, Sequence[int] | np.ndarray]:
+  """The text fields of a PackedSample, of ids or of an embedding (M, D), of M = 0 without a caption."""
+  if getattr(made, "ndim", 1) != 2:
+    return {"text_ids": made}
+  if not len(made):
+    return {"text_ids": [NULL_ID], "text_MD": np.zeros((1, made.shape[1]), made.dtype)}
+  return {"text_ids": [START_ID] * len(made), "text_MD": made}
 
 
 def tokens_of_samples(segment_BL: np.ndarray, slots: int) -> np.ndarray:
@@ -63,6 +73,8 @@ def pack_row(samples: Sequence[PackedSample], spec: BatchSpec, *, unreadable: in
     text_span = slice(text, text + num_text)
     row.text_ids_BM[0, text_span] = sample.text_ids[:num_text]
     row.text_segment_BM[0, text_span] = slot + 1
+    if row.text_BMD is not None:
+      row.text_BMD[0, text_span] = sample.text_MD[:num_text]
     row.grid_BN3[0, slot] = sample.grid
     row.fps_BN[0, slot] = sample.fps
     row.label_BN[0, slot] = sample.label
@@ -74,6 +86,7 @@ def pack_row(samples: Sequence[PackedSample], spec: BatchSpec, *, unreadable: in
 
 def stack_rows(rows: Sequence[TokenBatch]) -> TokenBatch:
   """Rows, or batches of rows, one after another."""
+  columns = {f.name: [getattr(row, f.name) for row in rows] for f in dataclasses.fields(TokenBatch)}
   return TokenBatch(
-    **{f.name: np.concatenate([getattr(row, f.name) for row in rows]) for f in dataclasses.fields(TokenBatch)}
+    **{k: None if parts[0] is None else np.concatenate(parts) for k, parts in columns.items()}
   )

@@ -105,7 +105,8 @@ def batch_sharding(mesh: Mesh, batch, *, leading: int = 0):
       dims.append("context")
     return NamedSharding(mesh, P(*dims))
 
-  return type(batch)(**{f.name: one(f.name, getattr(batch, f.name)) for f in dataclasses.fields(batch)})
+  arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+  return type(batch)(**{name: None if x is None else one(name, x) for name, x in arrays.items()})
 
 
 def local_rows(mesh: Mesh, rows: int) -> slice:

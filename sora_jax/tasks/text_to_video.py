@@ -24,9 +24,9 @@ EVAL_TIMES = tuple((i + 0.5) / 8 for i in range(8))  # held-out loss: the same l
 class TextToVideo(nnx.Module):
   """A denoiser and the text encoder that conditions it."""
 
-  def __init__(self, model: DiTConfig, text_config: TextConfig, *, channels: int, rngs: nnx.Rngs):
-    self.text_encoder = TextEncoder(text_config, rngs=rngs)
-    self.denoiser = DiT(model, channels=channels, text_dim=text_config.width, rngs=rngs)
+  def __init__(self, model: DiTConfig, text_config: TextConfig, spec: BatchSpec, *, rngs: nnx.Rngs):
+    self.text_encoder = TextEncoder(text_config, embedding_width=spec.text_width, rngs=rngs)
+    self.denoiser = DiT(model, channels=spec.channels, text_dim=text_config.width, rngs=rngs)
 
   def __call__(self, z_BLC: Array, t_BN: Array, batch: TokenBatch) -> Array:
     text_BMD, pooled_BND = self.text_encoder(batch)
@@ -42,21 +42,20 @@ def build(
   parts: Mapping[str, int] | None = None,
 ) -> Task:
   """`parts`: a loss of each source of a mixture, by name, with the first sample_id beyond it."""
-  channels = batch_spec.channels
   return Task(
     name="text_to_video",
-    init=lambda rngs: TextToVideo(model, text_config, channels=channels, rngs=rngs),
+    init=lambda rngs: TextToVideo(model, text_config, batch_spec, rngs=rngs),
     loss_fn=functools.partial(loss, diffusion, parts=tuple((parts or {}).items())),
     eval_fn=functools.partial(held_out_loss, diffusion),
-    flops_fn=functools.partial(model_flops, model, text_config, channels),
+    flops_fn=functools.partial(model_flops, model, text_config, batch_spec),
     batch_spec=batch_spec,
   )
 
 
-def model_flops(model: DiTConfig, text_config: TextConfig, channels: int, batch: TokenBatch) -> np.ndarray:
+def model_flops(model: DiTConfig, text_config: TextConfig, spec: BatchSpec, batch: TokenBatch) -> np.ndarray:
   """[B], forward and backward pass of denoiser and text encoder, from the real segments."""
-  denoiser = dit.model_flops(model, batch, channels=channels, text_dim=text_config.width)
-  return denoiser + text.model_flops(text_config, batch)
+  denoiser = dit.model_flops(model, batch, channels=spec.channels, text_dim=text_config.width)
+  return denoiser + text.model_flops(text_config, batch, spec.text_width)
 
 
 def sample_keys(key: Array, sample_id_BN: Array) -> Array:
