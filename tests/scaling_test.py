@@ -208,9 +208,17 @@ def test_a_chain_of_computes_is_no_budget():
   assert len(found.optima.compute) == 5 and "16 runs whose computes run into each other" in found.notes[0]
 
 
-def test_frontier():
-  runs = Table(loss=np.array([3.0, 2.0, 2.5, 1.0]), compute=np.array([1.0, 2.0, 3.0, 4.0]))
-  assert table.frontier(runs).loss.tolist() == [3, 2, 1]
+def test_frontier_is_the_best_of_each_budget():
+  # Runs of a budget differ a little in compute: none of them is a step of the frontier by itself.
+  compute = np.array([0.98, 1.0, 1.02, 3.95, 4.0, 4.05, 16.0])
+  loss = np.array([3.2, 3.1, 3.0, 2.1, 2.0, 2.2, 2.5])
+  found = table.frontier(Table(loss=loss, compute=compute))
+  assert found.loss.tolist() == [3.0, 2.0, 2.5]  # a budget that does no better than a smaller one shows
+  assert found.compute.tolist() == [1.02, 4.0, 16.0]
+  curve = np.geomspace(1, 10, 100)
+  found = table.frontier(Table(loss=curve**-0.1, compute=curve))
+  assert 20 < len(found) < 30 and (np.diff(found.loss) < 0).all()
+  assert found.compute[-1] == 10
 
 
 @pytest.mark.parametrize(
