@@ -19,9 +19,9 @@ from typing import TextIO
 
 from absl import flags
 
-from sora_jax import cli
 from sora_jax.ladder import measure
 from sora_jax.ladder.plan import cpu_seconds, say
+from sora_jax.parallel import exits
 from sora_jax.scaling import ladder, table
 from sora_jax.scaling.ladder import Plan, Run
 from sora_jax.trained import CONFIG, TOKENIZER
@@ -78,12 +78,12 @@ def main() -> int:
       continue
     told = f"{place.run.steps:,} steps, about {place.run.seconds:.0f} s"
     code = work(plan, place, f"[{number}/{len(todo)}] {place.run.name}: {told}")
-    if code in (cli.PREEMPTED, -signal.SIGINT, -signal.SIGTERM):
+    if code in (exits.PREEMPTED, -signal.SIGINT, -signal.SIGTERM):
       for helper in helpers:
         helper.send_signal(signal.SIGTERM)
       _waited(helpers)
       say(f"stopped in {place.run.name}; the same command goes on there")
-      return cli.PREEMPTED
+      return exits.PREEMPTED
     if code == IN_USE:
       say(f"[{number}/{len(todo)}] {place.run.name}: another process is at it")
     elif code:
@@ -91,8 +91,8 @@ def main() -> int:
       say(f"{place.run.name}: {failed[place.run.name]}; see {place.workdir / LOG}")
     gather(todo)
   codes, stopped = _waited(helpers)
-  if stopped or cli.PREEMPTED in codes:
-    return cli.PREEMPTED
+  if stopped or exits.PREEMPTED in codes:
+    return exits.PREEMPTED
   path, count = gather(todo)
   say(f"{count} of {len(todo)} runs in {(time.monotonic() - began) / 60:.1f} min, {cpu_seconds():.0f} CPU s")
   print(path)
@@ -149,7 +149,7 @@ def _call(command: list[str], log: TextIO, cache: Path) -> int:
     command, cwd=ROOT, env=env | os.environ, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
   )
   (code,), stopped = _waited([process])
-  return cli.PREEMPTED if stopped else code
+  return exits.PREEMPTED if stopped else code
 
 
 def _waited(processes: list[subprocess.Popen]) -> tuple[list[int], bool]:
