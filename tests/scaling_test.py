@@ -56,6 +56,11 @@ def isoflop_runs(seed: int = 0, noise: float = NOISE, reach: float = 6.0) -> Tab
   return Table(loss=noisy(surface(n, d), seed, noise), params=n, tokens=d, compute=compute)
 
 
+def curve_runs(seed: int = 0, noise: float = NOISE) -> Table:
+  n, d = (g.ravel() for g in np.meshgrid(np.geomspace(5e7, 5e9, 9), np.geomspace(2e8, 4e11, 30)))
+  return table.complete(Table(loss=noisy(surface(n, d), seed, noise), params=n, tokens=d))
+
+
 def off(letters: dict, truth: dict) -> dict:
   return {letter: abs(letters[letter] / value - 1) for letter, value in truth.items()}
 
@@ -152,9 +157,7 @@ def test_isoflop_and_envelope():
   for seed in range(5):
     letters = isoflop.parabolas(isoflop_runs(seed)).letters()
     assert abs(letters["a"] / A_OPT - 1) < 0.05 and abs(letters["a"] + letters["b"] - 1) < 1e-6
-  n, d = (g.ravel() for g in np.meshgrid(np.geomspace(5e7, 5e9, 9), np.geomspace(2e8, 4e11, 30)))
-  curves = table.complete(Table(loss=surface(n, d), params=n, tokens=d))
-  assert abs(isoflop.envelope(curves).letters()["a"] / A_OPT - 1) < 0.05
+  assert abs(isoflop.envelope(curve_runs(noise=0)).letters()["a"] / A_OPT - 1) < 0.05
 
 
 def test_minima_of_true_parabolas():
@@ -180,6 +183,7 @@ def test_intervals_quick():
     ("power", power_runs, POWER),
     ("saturating", zhai_runs, ZHAI),
     ("isoflop", isoflop_runs, {"a": A_OPT, "b": 1 - A_OPT}),
+    ("envelope", curve_runs, {"a": A_OPT, "b": 1 - A_OPT}),
     ("chinchilla", lambda seed: chinchilla_runs(seed, num=8), CHINCHILLA | {"a": A_OPT}),
   ],
 )
@@ -208,9 +212,17 @@ def test_a_chain_of_computes_is_no_budget():
   assert len(found.optima.compute) == 5 and "16 runs whose computes run into each other" in found.notes[0]
 
 
-def test_frontier():
-  runs = Table(loss=np.array([3.0, 2.0, 2.5, 1.0]), compute=np.array([1.0, 2.0, 3.0, 4.0]))
-  assert table.frontier(runs).loss.tolist() == [3, 2, 1]
+def test_frontier_is_the_best_of_each_budget():
+  # Runs of a budget differ a little in compute: none of them is a step of the frontier by itself.
+  compute = np.array([0.98, 1.0, 1.02, 3.95, 4.0, 4.05, 16.0])
+  loss = np.array([3.2, 3.1, 3.0, 2.1, 2.0, 2.2, 2.5])
+  found = table.frontier(Table(loss=loss, compute=compute))
+  assert found.loss.tolist() == [3.0, 2.0, 2.5]  # a budget that does no better than a smaller one shows
+  assert found.compute.tolist() == [1.02, 4.0, 16.0]
+  curve = np.geomspace(1, 10, 100)
+  found = table.frontier(Table(loss=curve**-0.1, compute=curve))
+  assert 20 < len(found) < 30 and (np.diff(found.loss) < 0).all()
+  assert found.compute[-1] == 10
 
 
 @pytest.mark.parametrize(

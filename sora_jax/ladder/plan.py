@@ -91,7 +91,7 @@ def define_flags() -> None:
   flags.DEFINE_string("budgets", None, "plan: model FLOPs of the runs, with commas.")
   flags.DEFINE_string("compute_range", None, "plan: LOWEST,HIGHEST instead of --budgets.")
   flags.DEFINE_integer("num_budgets", 4, "plan: spread over --compute_range.", lower_bound=1)
-  flags.DEFINE_string("seeds", None, "plan: with commas. Default: the config's.")
+  flags.DEFINE_string("seeds", None, "plan, probe: with commas. Default: the config's; probe: 0,1,2.")
   flags.DEFINE_string("batches", None, "plan --kind=sweep: values of data.rows.")
   flags.DEFINE_string("lrs", None, "plan --kind=sweep: values of optimizer.lr.")
   flags.DEFINE_float("flops_per_s", None, "plan: model FLOP/s of the hardware. Default: measured here.")
@@ -175,7 +175,7 @@ def _cells(config: ml_collections.ConfigDict) -> list[tuple[str, float, dict]]:
     raise ValueError(f"--kind=frontier trains one model for longer and longer; --sizes names {len(sizes)}")
   if FLAGS.kind != "sweep" and (FLAGS.batches or FLAGS.lrs):
     raise ValueError("--batches and --lrs are for --kind=sweep")
-  seeds = [int(s) for s in ladder.parse_numbers(FLAGS.seeds, "seeds", least=-1)] if FLAGS.seeds else [None]
+  seeds = ladder.parse_seeds(FLAGS.seeds) if FLAGS.seeds else [None]
   batches, lrs = [None], [None]
   if FLAGS.kind == "sweep":
     if not (FLAGS.batches or FLAGS.lrs):

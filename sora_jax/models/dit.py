@@ -108,6 +108,22 @@ class DiT(nnx.Module):
   def __call__(
     self, z_BLC: Array, t_BN: Array, batch: TokenBatch, text_BMD: Array, pooled_BND: Array
   ) -> Array:
+    x, context = self._enter(z_BLC, t_BN, batch, text_BMD, pooled_BND)
+    x, _ = self._run_blocks(x, context)
+    modulation = layers.spread(context.one_hot_BLN, self.final_modulation(context.condition_BND))
+    shift, scale = jnp.split(modulation, 2, axis=-1)
+    return self.patch_out(modulate(x, shift, scale).astype(self.dtype)).astype(jnp.float32)
+
+  def streams(
+    self, z_BLC: Array, t_BN: Array, batch: TokenBatch, text_BMD: Array, pooled_BND: Array
+  ) -> Array:
+    """(depth, B, L, D): the residual stream after each block."""
+    return self._run_blocks(*self._enter(z_BLC, t_BN, batch, text_BMD, pooled_BND), keep=True)[1]
+
+  def _enter(
+    self, z_BLC: Array, t_BN: Array, batch: TokenBatch, text_BMD: Array, pooled_BND: Array
+  ) -> tuple[Array, BlockContext]:
+    """The stream before the first block, and what the blocks share."""
     slots = t_BN.shape[1] + 1
     # Given tokens and padding look up slot 0.
     slot_BL = jnp.where(batch.given_BL, 0, batch.segment_BL)
@@ -125,9 +141,7 @@ class DiT(nnx.Module):
       one_hot_BLN=one_hot,
       condition_BND=condition,
     )
-    x = self._run_blocks(by_rows(x, tokens=True), context)
-    shift, scale = jnp.split(layers.spread(one_hot, self.final_modulation(condition)), 2, axis=-1)
-    return self.patch_out(modulate(x, shift, scale).astype(self.dtype)).astype(jnp.float32)
+    return by_rows(x, tokens=True), context
 
   def _condition(self, t_BN: Array, batch: TokenBatch, pooled_BND: Array) -> Array:
     """(B, N + 1, D) condition of every slot; slot 0 is that of a clean token and knows no sample."""
@@ -136,17 +150,18 @@ class DiT(nnx.Module):
     clean = self.time_mlp(layers.timestep_embedding(jnp.zeros((t_BN.shape[0], 1)), TIME_FEATURES))
     return jnp.concatenate([clean, sample], axis=1)
 
-  def _run_blocks(self, x: Array, context: BlockContext) -> Array:
+  def _run_blocks(self, x: Array, context: BlockContext, *, keep: bool = False) -> tuple[Array, Array | None]:
+    """The stream after the last block and, to `keep`, after each."""
     config = self.config
     graph, stacked = nnx.split(self.blocks)
 
     def body(x, params):
-      return by_rows(nnx.merge(graph, params)(x, context, config.attention), tokens=True), None
+      x = by_rows(nnx.merge(graph, params)(x, context, config.attention), tokens=True)
+      return x, x if keep else None
 
     if config.remat != "none":
       body = jax.checkpoint(body, policy=remat_policy(config.remat), prevent_cse=False)
-    x, _ = jax.lax.scan(body, x, stacked)
-    return x
+    return jax.lax.scan(body, x, stacked)
 
 
 def _size_features(batch: TokenBatch) -> Array:

@@ -50,8 +50,8 @@ def loss_compute(law: str, runs: Table, fitted: Fit | Result, *, extrapolate: fl
   _runs(figure, axes, runs, runs.loss)
   data.add("runs", runs.compute, runs.loss)
   front = table.frontier(runs)
-  label = "best run at this compute or less"
-  axes.plot(front.compute, front.loss, color="0.35", linewidth=0.9, drawstyle="steps-post", label=label)
+  label = "best run of each budget"
+  axes.plot(front.compute, front.loss, color="0.35", linewidth=0.9, label=label)
   data.add("frontier", front.compute, front.loss)
   if isinstance(fitted, Result):
     optima = fitted.optima

@@ -15,29 +15,62 @@ LETTERS = ("k_N", "a", "k_D", "b")
 MIN_BUDGETS, MIN_SIZES = 3, 4
 MIN_CURVES, MIN_CURVE_POINTS = 5, 3
 ENVELOPE_POINTS = 200
+MOST_DEGREE = 3  # of the polynomial through a training curve
 BEND = 3  # parameters of a parabola
 
 
 @dataclasses.dataclass(frozen=True)
 class Optima:
-  """Best size, tokens and loss of G budgets; leading dims of the replicas where it holds those."""
+  """Best size, tokens and loss of G budgets; leading dims of the replicas where it holds those.
+
+  `by_size`: sizes are exact and computes found for them, not the other way round.
+  """
 
   compute: np.ndarray
   params: np.ndarray
   tokens: np.ndarray
   loss: np.ndarray
+  by_size: bool = False
 
   def letters(self) -> dict[str, np.ndarray]:
-    """Straight lines through the logarithms."""
-    x = np.log(self.compute)
-    result = {}
-    for prefactor, exponent, values in (("k_N", "a", self.params), ("k_D", "b", self.tokens)):
-      y = np.log(values)
-      centred = x - x.mean(axis=-1, keepdims=True)
-      slope = (centred * y).sum(axis=-1) / (centred**2).sum(axis=-1)
-      result[exponent] = slope
-      result[prefactor] = np.exp(y.mean(axis=-1) - slope * x.mean(axis=-1))
-    return {letter: result[letter] for letter in LETTERS}
+    """Straight lines through logarithms, of what was found on what was set: errors of x flatten a line."""
+    compute, params, tokens = np.log(self.compute), np.log(self.params), np.log(self.tokens)
+    if self.by_size:
+      a = 1 / _slope(params, compute)
+      b = _slope(params, tokens) * a
+    else:
+      a, b = _slope(compute, params), _slope(compute, tokens)
+    at = compute.mean(axis=-1)
+    k_n, k_d = (np.exp(y.mean(axis=-1) - e * at) for y, e in ((params, a), (tokens, b)))
+    return dict(zip(LETTERS, (k_n, a, k_d, b)))
+
+
+def _slope(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+  centred = x - x.mean(axis=-1, keepdims=True)
+  return (centred * y).sum(axis=-1) / (centred**2).sum(axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+  """The training curve of one size: log loss as a polynomial in log compute; `smooth` maps losses to it."""
+
+  size: float
+  compute: np.ndarray  # logarithms
+  tokens: np.ndarray
+  loss: np.ndarray
+  smooth: np.ndarray
+
+  @classmethod
+  def of(cls, table: Table, rows: np.ndarray) -> "Curve":
+    rows = rows[np.argsort(table.compute[rows])]
+    compute, tokens, loss = (np.log(getattr(table, key)[rows]) for key in ("compute", "tokens", "loss"))
+    place = (compute - compute.mean()) / max(float(np.ptp(compute)), 1e-9)
+    powers = np.vander(place, min(MOST_DEGREE, len(rows) - 2) + 1)
+    return cls(float(table.params[rows[0]]), compute, tokens, loss, powers @ np.linalg.pinv(powers))
+
+  @property
+  def freedom(self) -> int:
+    return round(float(np.trace(self.smooth)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,55 +149,59 @@ def parabolas(table: Table, *, num: int = 0, seed: int = 0) -> Result:
 def envelope(table: Table, *, num: int = 0, seed: int = 0) -> Result:
   """Approach 1: at each compute, the size whose training curve is lowest.
 
-  Rows of one size are one curve. Replicas draw whole curves with replacement.
+  Rows of one size are one curve. Replicas draw errors of its points from the residuals of all curves.
   """
-  curves = [np.flatnonzero(table.params == size) for size in np.unique(table.params)]
-  curves = [rows[np.argsort(table.compute[rows])] for rows in curves if len(rows) >= MIN_CURVE_POINTS]
+  by_size = [np.flatnonzero(table.params == size) for size in np.unique(table.params)]
+  curves = [
+    Curve.of(table, rows) for rows in by_size if len(np.unique(table.compute[rows])) >= MIN_CURVE_POINTS
+  ]
   if len(curves) < MIN_CURVES:
     raise ValueError(
       f"the envelope needs {MIN_CURVES} or more sizes with {MIN_CURVE_POINTS} or more points of their "
       f"training curve, there are {len(curves)}"
     )
+  fitted = [curve.smooth @ curve.loss for curve in curves]
   grid = np.linspace(np.log(table.compute.min()), np.log(table.compute.max()), ENVELOPE_POINTS)
-  lines = np.stack([_interpolate(table.loss, table, rows, grid) for rows in curves])
-  tokens = np.stack([_interpolate(table.tokens, table, rows, grid) for rows in curves])
-  sizes = np.array([table.params[rows[0]] for rows in curves])
-  every = np.arange(len(curves))
-  optima = _lowest(grid, lines, tokens, sizes, every)
+  optima = _lowest(grid, curves, fitted)
   if optima is None:
     raise ValueError(
       "the envelope has fewer than three inner sizes that are the best at some compute: the curves must "
       "cross; train more sizes, or for longer"
     )
-  rng = np.random.default_rng(seed)
-  drawn = [_lowest(grid, lines, tokens, sizes, np.unique(rng.choice(every, len(every)))) for _ in range(num)]
+  if not num:
+    return Result(optima, None)
+  residuals = np.concatenate([curve.loss - line for curve, line in zip(curves, fitted)])
+  freedom = sum(curve.freedom for curve in curves)
+  errors = bootstrap.draw(residuals, num, num_runs=len(residuals), num_parameters=freedom, seed=seed)
+  ends = np.cumsum([len(line) for line in fitted])[:-1]
+  drawn = []
+  for error in errors:
+    parts = zip(curves, fitted, np.split(error, ends))
+    drawn.append(_lowest(grid, curves, [curve.smooth @ (line + part) for curve, line, part in parts]))
   kept = [one for one in drawn if one is not None]
   notes = [] if len(kept) == num else [f"{1 - len(kept) / num:.1%} of the replicas had too few curves"]
-  if num and not kept:
+  if not kept:
     raise ValueError("too few curves for an interval: no replica keeps three sizes; use --bootstrap=0")
   letters = [one.letters() for one in kept]
   samples = {letter: np.array([one[letter] for one in letters]) for letter in LETTERS}
-  return Result(optima, samples if num else None, notes=tuple(notes))
+  return Result(optima, samples, notes=tuple(notes))
 
 
-def _interpolate(values: np.ndarray, table: Table, rows: np.ndarray, grid: np.ndarray) -> np.ndarray:
-  """Log of `values` at log compute `grid`; NaN beyond the curve."""
-  return np.interp(grid, np.log(table.compute[rows]), np.log(values[rows]), left=np.nan, right=np.nan)
-
-
-def _lowest(grid, lines, tokens, sizes, chosen) -> Optima | None:
-  loss = np.where(np.isfinite(lines[chosen]), lines[chosen], np.inf)
-  best = chosen[np.argmin(loss, axis=0)]
+def _lowest(grid: np.ndarray, curves: list[Curve], losses: list[np.ndarray]) -> Optima | None:
+  """Of each inner size the middle of where it leads: else sizes that lead for long count many times."""
+  lines = np.stack([np.interp(grid, c.compute, y, left=np.inf, right=np.inf) for c, y in zip(curves, losses)])
+  best = np.where(np.isfinite(lines.min(axis=0)), np.argmin(lines, axis=0), -1)
   # The smallest and the largest size are the best of those tried, not the best there is.
-  inner = np.isfinite(loss.min(axis=0)) & (best != chosen[0]) & (best != chosen[-1])
-  # One point a size, in the middle of where it leads: else sizes that lead for long count many times.
-  leading = [np.flatnonzero(inner & (best == curve)) for curve in chosen]
-  points = [(int(np.median(at)), int(best[int(np.median(at))])) for at in leading if len(at)]
-  points = [(at, curve) for at, curve in points if inner[at]]
+  leading = [(i, np.flatnonzero(best == i)) for i in range(1, len(curves) - 1)]
+  points = [(i, int(np.median(at))) for i, at in leading if len(at)]
+  points = [(i, at) for i, at in points if np.isfinite(lines[i, at])]
   if len(points) < 3:
     return None
-  at, curve = (np.array(column) for column in zip(*points))
-  return Optima(np.exp(grid[at]), sizes[curve], np.exp(tokens[curve, at]), np.exp(lines[curve, at]))
+  compute, tokens, loss = np.array(
+    [(grid[at], np.interp(grid[at], curves[i].compute, curves[i].tokens), lines[i, at]) for i, at in points]
+  ).T
+  sizes = np.array([curves[i].size for i, _ in points])
+  return Optima(np.exp(compute), sizes, np.exp(tokens), np.exp(loss), by_size=True)
 
 
 def _usable(table: Table) -> tuple[list[Parabola], list[str]]:

@@ -100,6 +100,13 @@ def parse_numbers(text: str, flag: str, *, least: float = 0.0) -> list[float]:
   return values
 
 
+def parse_seeds(text: str) -> list[int]:
+  seeds = parse_numbers(text, "seeds", least=-1)
+  if any(seed != int(seed) or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
+    raise ValueError(f"--seeds={text}: different whole numbers from 0 are expected")
+  return [int(seed) for seed in seeds]
+
+
 def spread_budgets(low: float, high: float, num: int) -> list[float]:
   return [float(f"{value:.4g}") for value in np.geomspace(low, high, num)]
 

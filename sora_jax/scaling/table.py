@@ -92,11 +92,21 @@ def require(table: Table, columns: Sequence[str], *, law: str, path: str | Path)
 
 
 def frontier(table: Table) -> Table:
-  """The runs that no run of as little compute beats, by compute."""
-  order = np.lexsort((table.loss, table.compute))
-  loss = table.loss[order]
-  best = np.minimum.accumulate(loss)
-  return table.rows(order[np.r_[True, loss[1:] < best[:-1]]])
+  """The run of lowest loss of each compute budget, by compute."""
+  best = [rows[np.argmin(table.loss[rows])] for rows in slices(table.compute)]
+  return table.rows(np.array(best))
+
+
+def slices(compute: np.ndarray) -> list[np.ndarray]:
+  """As `budgets`; a chain of close computes (points of training curves) is cut where it grows too wide."""
+  found = []
+  for rows in budgets(compute):
+    if is_one_budget(compute[rows]):
+      found.append(rows)
+      continue
+    place = np.log(compute[rows] / compute[rows[0]]) // math.log1p(BUDGET_TOLERANCE)
+    found += np.split(rows, np.flatnonzero(np.diff(place)) + 1)
+  return found
 
 
 def budgets(compute: np.ndarray, *, tolerance: float = BUDGET_TOLERANCE) -> list[np.ndarray]:
