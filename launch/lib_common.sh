@@ -127,6 +127,10 @@ need() { # option value
   [[ -n "$2" ]] || fail "$1 is needed; --help shows all options"
 }
 
+need_tool() { # name remedy; a dry run does without
+  [[ -n "$DRY_RUN" ]] || command -v "$1" >/dev/null || fail "$1 is not on the PATH: $2"
+}
+
 check_form() { # option value pattern what
   [[ "$2" =~ ^$3$ ]] || fail "$1=$2 is not $4"
 }
@@ -265,6 +269,25 @@ decide() {
       best="$grade" CODE="$code" WHO="$who"
     fi
   done <<<"$rest"
+}
+
+# Runs a command as a child that is told of SIGTERM and SIGINT. CODE: how it ended; TOLD: signals so far.
+run_child() {
+  local before again
+  CODE="" TOLD=0 CHILD=""
+  # Before there is a child: a signal in between would end this script alone and leave the child behind.
+  trap 'TOLD=$((TOLD + 1)); [[ -z "$CHILD" ]] || kill -TERM "$CHILD" 2>/dev/null || true' TERM INT
+  "$@" &
+  CHILD=$!
+  ((TOLD == 0)) || kill -TERM "$CHILD" 2>/dev/null || true
+  while :; do
+    before=$TOLD again=0
+    wait "$CHILD" 2>/dev/null || again=$?
+    # 127: known already, as the signal came after its end.
+    if [[ -z "$CODE" ]] || ((again != 127)); then CODE=$again; fi
+    # A signal ends wait with 143, also where the child has ended meanwhile: only asking again tells how.
+    ((TOLD != before)) || return 0
+  done
 }
 
 # Seconds to wait before the nth restart: doubles from $BACKOFF_S, at most 5 minutes.

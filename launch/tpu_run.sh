@@ -60,6 +60,7 @@ own_option() { # option
 check() {
   need --name "$NAME"
   check_place
+  need_tool gcloud "install it, https://cloud.google.com/sdk/docs/install"
   RUN_ID="${RUN_ID:-$NAME}"
   check_run_id --run_id "$RUN_ID"
   ((NUM_SLICES == 1)) || QUEUED=1
@@ -221,7 +222,7 @@ finish() { # code
   for flag in ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"}; do flags+=(--ssh_flag="$flag"); done
   act bash "$CODE_ROOT/launch/collect_logs.sh" "${flags[@]}" || say "the logs could not be collected"
   if [[ -n "$TEARDOWN_AT_END" ]]; then
-    remove
+    (remove) || true # the code stays that of the run
   else
     say "the machines are still there and cost money; delete them: bash launch/tpu_run.sh --teardown" \
       "--name=$NAME --zone=$ZONE --project=$PROJECT --num_slices=$NUM_SLICES${QUEUED:+ --queued}"

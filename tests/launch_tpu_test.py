@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from tests.stand_ins.sandbox import git, make_repository, make_sandbox
+from tests.stand_ins.sandbox import PATIENCE_S, git, make_repository, make_sandbox
 
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="no git: the code is sent at its commit")
 PLACE = ("--name=pod", "--zone=us-east5-a", "--project=mine")
@@ -221,20 +221,16 @@ def test_does_not_restart(box, code):
   assert len(box.calls("train")) == 1
 
 
-@pytest.mark.slow  # needs an idle machine
 def test_a_failed_worker_ends_the_run_and_is_shown(box):
   """The others hang in a collective: they are stopped."""
   code = 2
-  box.set(workers=2, ends={"pod-w-1": [code], "*": ["wait"]})
+  box.set(workers=2, hosts=2, ends={"pod-w-1": [code], "*": ["wait"]})
   done = box.run("tpu_run.sh", *BASE)
   assert done.returncode == code
   assert len(box.calls("train")) == 2
   assert f"worker pod-w-1 of pod ended first, with {code}" in done.stderr
   assert f"error: pod-w-1 ends with {code}" in done.stdout
   folder = box.state / "homes" / "pod-w-0" / "sora_jax" / "pod" / "attempt_0001"
-  deadline = time.monotonic() + 30
-  while not (folder / "exit_code").is_file() and time.monotonic() < deadline:
-    time.sleep(0.1)
   assert (folder / "exit_code").read_text().startswith("42 ")  # by SIGTERM, so that it could save
 
 
@@ -250,6 +246,85 @@ def test_no_quota_ends_at_once(box):
   done = box.run("tpu_run.sh", *BASE)
   assert done.returncode == 2 and len(box.argv("create")) == 1
   assert "Limit: 0" in done.stderr and "quota" in done.stderr.splitlines()[-1]
+
+
+# What Google says, and what is then said of it.
+LOGIN = "run gcloud auth login"
+HOPELESS = {
+  "(gcloud.compute.tpus) You do not currently have an active account selected.": LOGIN,
+  "There was a problem refreshing your current auth tokens: Reauthentication failed.": LOGIN,
+  "SERVICE_DISABLED: Cloud TPU API has not been used in project mine": "gcloud services enable tpu.goo",
+  "PERMISSION_DENIED: Permission denied on 'locations/us-east5-a' (or may not exist)": "there is no zone",
+  "PERMISSION_DENIED: The caller does not have permission": "have it given the role roles/tpu.admin",
+}
+
+
+@pytest.mark.parametrize("verb", ["describe", "create", "delete"])
+@pytest.mark.parametrize("problem", HOPELESS)
+def test_what_cannot_be_helped_ends_at_once(box, verb, problem):
+  """One line with the remedy, at the first question; nothing is made, and nothing is asked twice."""
+  box.set(errors={verb: f"ERROR: {problem}"})
+  done = box.run("tpu_run.sh", *BASE, *(["--teardown"] if verb == "delete" else []))
+  last = done.stderr.splitlines()[-1]
+  assert done.returncode == 2 and last.startswith("error: ") and HOPELESS[problem] in last, done.stderr
+  assert len(box.argv(verb)) == 1 and not box.argv("ssh") and not list(box.state.glob("nodes/*"))
+
+
+@pytest.mark.parametrize(
+  "problem",
+  [
+    "Cloud TPU received a bad request. the accelerator v5p-8 was not found in zone us-east5-a [EID: 0x1]",
+    "INVALID_ARGUMENT: CloudTpu received an invalid AcceleratorType",
+  ],
+)
+def test_a_zone_without_the_type_is_one_line(box, problem):
+  box.set(create_errors=[f"ERROR: {problem}"] * 9)
+  done = box.run("tpu_run.sh", *BASE)
+  last = done.stderr.splitlines()[-1]
+  assert done.returncode == 2 and len(box.argv("create")) == 1
+  assert (
+    "error: zone us-east5-a has no v5p:2x2x2" in last and "accelerator-types list --zone=us-east5-a" in last
+  )
+
+
+def test_without_gcloud_it_says_so(box):
+  path = box.path_without("gcloud")
+  done = box.run("tpu_run.sh", *BASE, PATH=path)
+  assert done.returncode == 2 and done.stderr.startswith("error: gcloud is not on the PATH: install it")
+  assert box.run("tpu_run.sh", *BASE, "--dry_run", PATH=path).returncode == 0
+
+
+def put_node(box, state: str) -> None:
+  (box.state / "nodes").mkdir()
+  (box.state / "nodes" / "pod.json").write_text(json.dumps({"state": state, "workers": 1}))
+
+
+@pytest.mark.parametrize("state", ["PREEMPTED", "TERMINATED", "STOPPED"])
+def test_a_machine_that_is_there_but_off(box, state):
+  """Of a run before: started again where it can be, else made anew."""
+  put_node(box, state)
+  done = box.run("tpu_run.sh", *BASE)
+  assert done.returncode == 0 and f"pod is {state}" in done.stderr, done.stderr
+  assert len(box.calls("train")) == 1
+  made, gone, started = (len(box.argv("tpu-vm", verb)) for verb in ("create", "delete", "start"))
+  assert (made, gone, started) == ((0, 0, 1) if state == "STOPPED" else (1, 1, 0))
+
+
+def test_a_machine_that_cannot_be_started_for_want_of_capacity(box):
+  put_node(box, "STOPPED")
+  box.set(errors={"start": "There is no more capacity in the zone"})
+  done = box.run("tpu_run.sh", *BASE, SORA_JAX_CREATE_TRIES="2")
+  assert done.returncode == 2 and len(box.argv("start")) == 2
+  assert done.stderr.splitlines()[-1].startswith("error: pod could not be started in 2 tries; try later")
+
+
+def test_teardown_says_whether_anything_is_left(box):
+  assert "nothing to delete" in box.run("tpu_run.sh", *PLACE, "--teardown").stderr
+  box.set(ends={"*": [44]}, errors={"delete": "ERROR: INTERNAL"})
+  done = box.run("tpu_run.sh", *BASE, "--teardown_at_end")
+  assert done.returncode == 44 and "it costs money" in done.stderr  # of the run, not of the deletion
+  done = box.run("tpu_run.sh", *PLACE, "--teardown")
+  assert done.returncode == 2 and "was not deleted (above)" in done.stderr.splitlines()[-1]
 
 
 def test_no_capacity_is_asked_for_again(box):
@@ -305,16 +380,13 @@ def test_a_bucket_that_may_not_be_read(box):
   assert "gs://bucket cannot be mounted" in done.stderr
 
 
-@pytest.mark.slow  # needs an idle machine
 def test_detach_and_attach_again(box):
   """Ctrl-C leaves the run going; the same command finds it, and does not start a second."""
   box.set(ends={"*": ["wait", 0]})
   first = box.start("tpu_run.sh", *BASE)
-  deadline = time.monotonic() + 30
-  while not box.calls("train") and time.monotonic() < deadline:
-    time.sleep(0.1)
+  box.wait_for_trainers(first)
   first.send_signal(signal.SIGINT)
-  _, said = first.communicate(timeout=30)
+  _, said = first.communicate(timeout=PATIENCE_S)
   assert first.returncode == 130 and "Attach again: bash launch/tpu_run.sh --name=pod" in said
   second = box.start("tpu_run.sh", *BASE)
   said = ""
@@ -324,7 +396,7 @@ def test_detach_and_attach_again(box):
   assert len(box.calls("train")) == 1
   for pid in box.state.glob("homes/*/sora_jax/pod/attempt_0001/pid"):
     subprocess.run(["kill", "-TERM", pid.read_text().strip()], check=True)  # as a shutdown does
-  second.communicate(timeout=30)
+  second.communicate(timeout=PATIENCE_S)
   assert second.returncode == 0
   assert len(box.calls("train")) == 2  # 42, so attempt 2
 
@@ -332,11 +404,10 @@ def test_detach_and_attach_again(box):
 def test_a_worker_killed_with_its_supervisor_is_noticed(box):
   box.set(ends={"*": ["wait", 0]})
   running = box.start("tpu_run.sh", *BASE)
-  deadline = time.monotonic() + 30
-  while not box.calls("train") and time.monotonic() < deadline:
-    time.sleep(0.1)
+  pids = lambda: any(p.read_text() for p in box.state.glob("homes/*/sora_jax/pod/attempt_0001/pid"))  # noqa: E731
+  box.wait_for(running, lambda: box.calls("train") and pids())
   box.end()
-  _, said = running.communicate(timeout=30)
+  _, said = running.communicate(timeout=PATIENCE_S)
   assert running.returncode == 0 and "137, killed" in said
 
 

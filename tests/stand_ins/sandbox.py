@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,6 +18,11 @@ TOOLS = {
   "kubectl": "kubernetes", "xpk": "kubernetes", "docker": "kubernetes",
   "gcsfuse": "buckets", "mountpoint": "buckets",
 }  # fmt: skip
+SYSTEM = (
+  "awk", "basename", "bash", "cat", "date", "dirname", "env", "git", "head", "mkdir", "mktemp", "paste", "rm",
+  "sed", "sort", "tr",
+)  # fmt: skip
+PATIENCE_S = 900
 FAST = {
   "SORA_JAX_POLL_S": "0.1", "SORA_JAX_BACKOFF_S": "0", "SORA_JAX_GRACE_S": "1", "SORA_JAX_STOP_S": "30",
 }  # fmt: skip
@@ -55,13 +62,36 @@ class Sandbox:
   def run(self, script: str, *args: str, **env: str) -> subprocess.CompletedProcess:
     command = ["bash", str(self.repository / "launch" / script), *args]
     return subprocess.run(
-      command, capture_output=True, text=True, env=self.env(**env), timeout=120, cwd=self.state
+      command, capture_output=True, text=True, env=self.env(**env), timeout=PATIENCE_S, cwd=self.state
     )
 
   def start(self, script: str, *args: str) -> subprocess.Popen:
     command = ["bash", str(self.repository / "launch" / script), *args]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=self.env(), cwd=self.state)
+    # Where these tests run in the background of a script, SIGINT is ignored, and bash could not trap it.
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    return subprocess.Popen(
+      command, stdout=pipe, stderr=pipe, text=True, env=self.env(), cwd=self.state, preexec_fn=heard
+    )
+
+  def wait_for(self, running: subprocess.Popen, condition: Callable[[], bool]) -> None:
+    """Bounded only against a hang: a busy machine may take its time."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+      assert running.poll() is None, running.communicate()
+      assert time.monotonic() < deadline, "what was waited for did not come"
+      time.sleep(0.05)
+
+  def wait_for_trainers(self, running: subprocess.Popen, count: int = 1) -> None:
+    self.wait_for(running, lambda: len(self.calls("train")) >= count)
+
+  def path_without(self, tool: str) -> str:
+    """A PATH of the stand-ins but one, and of what the scripts use of the system."""
+    (self.state / "bin" / tool).unlink()
+    (self.state / "system").mkdir()
+    for name in SYSTEM:
+      (self.state / "system" / name).symlink_to(shutil.which(name))
+    return f"{self.state / 'bin'}{os.pathsep}{self.state / 'system'}"
 
   def calls(self, tool: str) -> list[dict]:
     path = self.state / "calls.jsonl"
