@@ -92,6 +92,9 @@ check() {
   check_train_flags ${TRAIN_FLAGS[@]+"${TRAIN_FLAGS[@]}"}
   OUTPUT="${OUTPUT:-$CODE_ROOT/runs/$NAME/jobset.yaml}"
   find_commit "$ALLOW_DIRTY"
+  local devices=$((CHIPS * NUM_SLICES))
+  [[ "$GENERATION" != tpu7x ]] || devices=$((devices * 2)) # two a chip
+  check_settings "$devices" "$NUM_SLICES"
 }
 
 # --- rendering ---

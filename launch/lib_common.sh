@@ -172,6 +172,40 @@ check_train_flags() {
   done
 }
 
+# A Python here that has the packages, or nothing: nothing is installed for a check.
+find_checker() {
+  local candidate
+  local has='import sys; from importlib.util import find_spec as f; sys.exit(sys.version_info < (3, 11)
+    or not all(map(f, ("jax", "flax", "optax", "orbax", "grain", "ml_collections", "av", "tokenizers"))))'
+  for candidate in "${SORA_JAX_PYTHON:-}" "${SORA_JAX_VENV:-$CODE_ROOT/.venv}/bin/python" python3 python; do
+    if [[ -n "$candidate" ]] && command -v "$candidate" >/dev/null && "$candidate" -c "$has" 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+}
+
+# What the trainer would say of the config at its start, before machines are paid for. Devices 0: not known.
+check_settings() { # devices slices
+  local python check said code=0
+  python="$(find_checker)"
+  if [[ -z "$python" ]]; then
+    say "no Python with the packages here (SORA_JAX_PYTHON names one): a wrong --config shows on the machines only"
+    return
+  fi
+  check=("$python" -m sora_jax.train --check_config --check_devices="$1" --check_slices="$2" --config="$CONFIG"
+    --workdir="$WORKDIR" ${TRAIN_FLAGS[@]+"${TRAIN_FLAGS[@]}"})
+  said="$(cd -- "$CODE_ROOT" && JAX_PLATFORMS=cpu PYTHONPATH="$CODE_ROOT" "${check[@]}" 2>&1)" || code=$?
+  case "$code" in
+    0) ;;
+    2)
+      grep '^error: ' <<<"$said" >&2 || echo "$said" >&2
+      exit 2
+      ;;
+    *) say "the config was not checked, $python fails: $(tail -n 1 <<<"$said")" ;;
+  esac
+}
+
 check_accelerator() { # v5p counts cores, two a chip
   local cores="${1##*-}"
   ((10#$cores > 0)) || fail "--accelerator=$1 has no chips"

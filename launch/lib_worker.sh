@@ -170,12 +170,17 @@ do_setup() {
 
 do_start() { # RUN_ID N
   load_run "$1"
-  local folder
+  local folder i
   folder="$(attempt_folder "$2")"
   if [[ ! -e "$folder" ]]; then mount_buckets; fi
   if mkdir -- "$folder" 2>/dev/null; then # by one of those who ask
     setsid nohup bash "$HERE/lib_worker.sh" supervise "$1" "$2" </dev/null >>"$folder/supervisor.log" 2>&1 &
-    printf '%s\n' $! >"$folder/pid"
+    # Only then is it apart from this shell, whose end it is to survive.
+    for ((i = 0; i < 300; i++)); do
+      [[ ! -s "$folder/pid" ]] || break
+      sleep 0.2
+    done
+    [[ -s "$folder/pid" ]] || problem "training was not started within a minute; see $folder/supervisor.log"
   elif [[ ! -d "$folder" ]]; then
     problem "$folder cannot be made; is the disk full?"
   fi
@@ -184,6 +189,7 @@ do_start() { # RUN_ID N
 
 do_supervise() {
   load_run "$1"
+  printf '%s\n' $$ >"$(attempt_folder "$2")/pid"
   PYTHON="$(cat -- "$RUN/python")"
   export PYTHON PYTHONPATH="$CODE_ROOT${PYTHONPATH:+:$PYTHONPATH}"
   watch_over "$(attempt_folder "$2")"

@@ -55,6 +55,7 @@ check_run_id --run_id "$RUN_ID"
 check_train_flags ${TRAIN_FLAGS[@]+"${TRAIN_FLAGS[@]}"}
 need_tool sbatch "start this on a login node of the cluster"
 find_commit "$ALLOW_DIRTY"
+check_settings $((NUM_NODES * GPUS)) 1
 
 folder="$WORKDIR/slurm/$RUN_ID"
 code="$folder/code-$COMMIT"

@@ -76,6 +76,8 @@ check() {
     need "--topology or --accelerator" "$ACCELERATOR"
     check_form --accelerator "$ACCELERATOR" '(v5litepod|v5p|v6e)-[0-9]+' "an accelerator type, as v5p-128"
     check_accelerator "$ACCELERATOR"
+    CHIPS=$((10#${ACCELERATOR##*-}))
+    [[ "$ACCELERATOR" != v5p-* ]] || CHIPS=$((CHIPS / 2))
     GENERATION="${ACCELERATOR%-*}" DIMS=""
     GENERATION="${GENERATION/v5litepod/v5e}"
   fi
@@ -98,6 +100,7 @@ check() {
   [[ "$WORKDIR" == gs://* ]] || say "warning: --workdir=$WORKDIR must be a disk that all workers mount, or checkpoints are lost"
   check_train_flags ${TRAIN_FLAGS[@]+"${TRAIN_FLAGS[@]}"}
   find_commit "$ALLOW_DIRTY"
+  check_settings $((CHIPS * NUM_SLICES)) "$NUM_SLICES"
 }
 
 # --- steps ---

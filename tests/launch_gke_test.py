@@ -194,12 +194,6 @@ def test_refuses_in_one_line(box, changed, says):
   assert says in done.stderr.splitlines()[-1]
 
 
-def test_a_refusal_of_the_cluster(box):
-  box.set(apply_error='error: no matches for kind "JobSet" in version "jobset.x-k8s.io/v1alpha2"')
-  done = box.run("gke_run.sh", *BASE)
-  assert done.returncode == 2 and 'no matches for kind "JobSet"' in done.stderr
-
-
 @pytest.mark.parametrize(
   "problem,says",
   [

@@ -100,7 +100,7 @@ def workers(node: str, flags: dict) -> list[int]:
 def ssh(node: str, flags: dict) -> None:
   running = []
   for worker in workers(node, flags):
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "SORA_JAX_PYTHON")}
     env |= {"HOME": str(home(node, worker)), "SORA_JAX_HOST": f"{node}-w-{worker}"}
     env |= {k: v.replace("WORKER", str(worker)) for k, v in scenario("remote_env", {}).items()}
     running.append(

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,9 @@ SYSTEM = (
   "sed", "sort", "tr",
 )  # fmt: skip
 PATIENCE_S = 900
+# Of tpu_run.sh.
+PLACE = ("--name=pod", "--zone=us-east5-a", "--project=mine")
+BASE = (*PLACE, "--topology=v5p:2x2x2", "--config=configs/quickstart.py:debug", "--workdir=gs://bucket/a run")
 FAST = {
   "SORA_JAX_POLL_S": "0.1", "SORA_JAX_BACKOFF_S": "0", "SORA_JAX_GRACE_S": "1", "SORA_JAX_STOP_S": "30",
 }  # fmt: skip
@@ -57,7 +61,12 @@ class Sandbox:
   def env(self, **more: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SORA_JAX_", "SLURM_"))}
     path = f"{self.state / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    return kept | FAST | {"PATH": path, "STAND_IN_STATE": str(self.state), "TMPDIR": str(self.state)} | more
+    own = {
+      "STAND_IN_STATE": self.state,
+      "TMPDIR": self.state,
+      "SORA_JAX_PYTHON": self.state / "bin" / "python3.12",
+    }
+    return kept | FAST | {"PATH": path} | {name: str(value) for name, value in own.items()} | more
 
   def run(self, script: str, *args: str, **env: str) -> subprocess.CompletedProcess:
     command = ["bash", str(self.repository / "launch" / script), *args]
@@ -122,3 +131,9 @@ def make_sandbox(repository: Path, state: Path) -> Sandbox:
   sandbox = Sandbox(repository, state)
   sandbox.set()
   return sandbox
+
+
+def commands(done) -> list[list[str]]:
+  """What a dry run printed, read as a shell would."""
+  assert done.returncode == 0, done.stderr
+  return [shlex.split(line) for line in done.stdout.splitlines()]
