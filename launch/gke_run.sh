@@ -59,6 +59,9 @@ check() {
     need --project "$PROJECT"
     XPK_PLACE=(--cluster="$CLUSTER" --zone="$ZONE" --project="$PROJECT")
   fi
+  if [[ "$BACKEND" == xpk ]]; then need_tool xpk "https://github.com/AI-Hypercomputer/xpk"; fi
+  [[ "$BACKEND" == xpk && -z "$FOLLOW" ]] || need_tool kubectl "gcloud components install kubectl"
+  [[ -z "$BUILD" ]] || need_tool docker "install it, or leave --build and name an image that is there"
   [[ -z "$TEARDOWN" ]] || return 0
   need --topology "$TOPOLOGY"
   parse_topology "$TOPOLOGY"
@@ -89,6 +92,9 @@ check() {
   check_train_flags ${TRAIN_FLAGS[@]+"${TRAIN_FLAGS[@]}"}
   OUTPUT="${OUTPUT:-$CODE_ROOT/runs/$NAME/jobset.yaml}"
   find_commit "$ALLOW_DIRTY"
+  local devices=$((CHIPS * NUM_SLICES))
+  [[ "$GENERATION" != tpu7x ]] || devices=$((devices * 2)) # two a chip
+  check_settings "$devices" "$NUM_SLICES"
 }
 
 # --- rendering ---
@@ -203,7 +209,8 @@ build_image() {
   else
     "${build[@]}" <"$tar" || fail "the image could not be built (above)"
   fi
-  act docker push "$IMAGE" || fail "$IMAGE could not be pushed (above)"
+  act docker push "$IMAGE" ||
+    fail "$IMAGE could not be pushed (above); where it was denied: gcloud auth configure-docker ${IMAGE%%/*}"
 }
 
 apply_jobset() {
@@ -215,7 +222,22 @@ apply_jobset() {
   else
     jobset >"$OUTPUT"
   fi
-  act kubectl apply --filename="$OUTPUT" || fail "kubectl refused $OUTPUT (above)"
+  ask kubectl apply --filename="$OUTPUT" || explain_kubectl
+  [[ "$ANSWER" != *unchanged* ]] ||
+    say "this very JobSet is there already: nothing was started anew; where it has ended, --teardown comes first"
+}
+
+explain_kubectl() {
+  case "$PROBLEM" in
+    *"must be logged in"* | *Unauthorized* | *current-context* | *" refused"* | *auth-plugin* | *"auth login"*)
+      fail "kubectl reaches no cluster, or is not logged in: run gcloud container clusters get-credentials CLUSTER" \
+        "--location=ZONE --project=PROJECT"
+      ;;
+    *"no matches for kind"*) fail "the cluster has no JobSet controller: https://jobset.sigs.k8s.io/docs/installation" ;;
+    *immutable*) fail "another JobSet $NAME is there: end it with --teardown, or choose another --name" ;;
+  esac
+  echo "$PROBLEM" >&2
+  fail "kubectl refused $OUTPUT (above)"
 }
 
 create_workload() {

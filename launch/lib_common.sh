@@ -127,6 +127,10 @@ need() { # option value
   [[ -n "$2" ]] || fail "$1 is needed; --help shows all options"
 }
 
+need_tool() { # name remedy; a dry run does without
+  [[ -n "$DRY_RUN" ]] || command -v "$1" >/dev/null || fail "$1 is not on the PATH: $2"
+}
+
 check_form() { # option value pattern what
   [[ "$2" =~ ^$3$ ]] || fail "$1=$2 is not $4"
 }
@@ -166,6 +170,40 @@ check_train_flags() {
       *) fail "'$flag' after --: not a flag of sora_jax.train; write --flag=VALUE, without a space" ;;
     esac
   done
+}
+
+# A Python here that has the packages, or nothing: nothing is installed for a check.
+find_checker() {
+  local candidate
+  local has='import sys; from importlib.util import find_spec as f; sys.exit(sys.version_info < (3, 11)
+    or not all(map(f, ("jax", "flax", "optax", "orbax", "grain", "ml_collections", "av", "tokenizers"))))'
+  for candidate in "${SORA_JAX_PYTHON:-}" "${SORA_JAX_VENV:-$CODE_ROOT/.venv}/bin/python" python3 python; do
+    if [[ -n "$candidate" ]] && command -v "$candidate" >/dev/null && "$candidate" -c "$has" 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+}
+
+# What the trainer would say of the config at its start, before machines are paid for. Devices 0: not known.
+check_settings() { # devices slices
+  local python check said code=0
+  python="$(find_checker)"
+  if [[ -z "$python" ]]; then
+    say "no Python with the packages here (SORA_JAX_PYTHON names one): a wrong --config shows on the machines only"
+    return
+  fi
+  check=("$python" -m sora_jax.train --check_config --check_devices="$1" --check_slices="$2" --config="$CONFIG"
+    --workdir="$WORKDIR" ${TRAIN_FLAGS[@]+"${TRAIN_FLAGS[@]}"})
+  said="$(cd -- "$CODE_ROOT" && JAX_PLATFORMS=cpu PYTHONPATH="$CODE_ROOT" "${check[@]}" 2>&1)" || code=$?
+  case "$code" in
+    0) ;;
+    2)
+      grep '^error: ' <<<"$said" >&2 || echo "$said" >&2
+      exit 2
+      ;;
+    *) say "the config was not checked, $python fails: $(tail -n 1 <<<"$said")" ;;
+  esac
 }
 
 check_accelerator() { # v5p counts cores, two a chip
@@ -265,6 +303,25 @@ decide() {
       best="$grade" CODE="$code" WHO="$who"
     fi
   done <<<"$rest"
+}
+
+# Runs a command as a child that is told of SIGTERM and SIGINT. CODE: how it ended; TOLD: signals so far.
+run_child() {
+  local before again
+  CODE="" TOLD=0 CHILD=""
+  # Before there is a child: a signal in between would end this script alone and leave the child behind.
+  trap 'TOLD=$((TOLD + 1)); [[ -z "$CHILD" ]] || kill -TERM "$CHILD" 2>/dev/null || true' TERM INT
+  "$@" &
+  CHILD=$!
+  ((TOLD == 0)) || kill -TERM "$CHILD" 2>/dev/null || true
+  while :; do
+    before=$TOLD again=0
+    wait "$CHILD" 2>/dev/null || again=$?
+    # 127: known already, as the signal came after its end.
+    if [[ -z "$CODE" ]] || ((again != 127)); then CODE=$again; fi
+    # A signal ends wait with 143, also where the child has ended meanwhile: only asking again tells how.
+    ((TOLD != before)) || return 0
+  done
 }
 
 # Seconds to wait before the nth restart: doubles from $BACKOFF_S, at most 5 minutes.

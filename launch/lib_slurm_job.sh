@@ -13,19 +13,11 @@ start="${SLURM_RESTART_COUNT:-0}"
 ends="$folder/$(printf 'start_%04d' "$start")"
 echo "[launch] job $SLURM_JOB_ID, start $start of at most $((max_restarts + 1)), nodes ${SLURM_JOB_NODELIST:-?}"
 
-# A task that ends leaves the others 120 s to save; srun then ends them.
-srun --kill-on-bad-exit=0 --wait=120 "$@" bash "$folder/code/launch/lib_worker.sh" task "$folder" &
-child=$!
-# Before the time limit SLURM signals the steps alone. This script is signalled by scancel, after which the job must not
-# come back, and by preemption, after which SLURM itself requeues where the cluster is so configured.
-told=""
-trap 'told=1; kill -TERM $child 2>/dev/null || true' TERM
-code=0
-wait "$child" || code=$?
-while kill -0 "$child" 2>/dev/null; do
-  code=0
-  wait "$child" || code=$?
-done
+# A task that ends leaves the others 120 s to save; srun then ends them. Before the time limit SLURM signals the steps
+# alone. This script is signalled by scancel, after which the job must not come back, and by preemption, after which SLURM
+# itself requeues where the cluster is so configured.
+run_child srun --kill-on-bad-exit=0 --wait=120 "$@" bash "$folder/code/launch/lib_worker.sh" task "$folder"
+code="$CODE"
 
 # srun gives the highest code of all tasks; the earliest is the one that says why.
 WHO=""
@@ -44,7 +36,7 @@ echo "[launch] ended with $CODE: $(words_of "$CODE")${WHO:+, first on $WHO}"
 
 case "$(meaning_of "$CODE")" in
   restart)
-    if [[ -n "$told" ]]; then
+    if ((TOLD)); then
       echo "[launch] this job was told to end, so it is not requeued from here"
     elif ((start < max_restarts)); then
       echo "[launch] requeueing"

@@ -74,18 +74,42 @@ create() {
   fi
 }
 
+# Ends the script where $PROBLEM is one that asking again cannot solve.
+give_up_if_hopeless() {
+  case "$PROBLEM" in
+    *"active account"* | *"auth login"* | *eauthenticat* | *"auth tokens"* | *invalid_grant* | *UNAUTHENTICATED*)
+      fail "gcloud is not logged in, or no longer: run gcloud auth login"
+      ;;
+    *SERVICE_DISABLED* | *"has not been used in project"*)
+      fail "the TPU API is off in project $PROJECT: run gcloud services enable tpu.googleapis.com --project=$PROJECT"
+      ;;
+    *"denied on 'locations/"*) # what Google says of a zone that does not exist
+      fail "there is no zone $ZONE, or project $PROJECT may not use it; those with TPUs:" \
+        "gcloud compute tpus locations list --project=$PROJECT"
+      ;;
+    *"in zone"*"not found"* | *"not found in zone"* | *"nvalid AcceleratorType"* | *"not available in"*)
+      fail "zone $ZONE has no ${WANTED%%,*}; what it has:" \
+        "gcloud compute tpus accelerator-types list --zone=$ZONE --project=$PROJECT"
+      ;;
+    *PERMISSION_DENIED* | *"ermission '"*"denied"*)
+      echo "$PROBLEM" >&2
+      fail "this account may not use TPUs in project $PROJECT (above): check the name, or have it given the role" \
+        "roles/tpu.admin"
+      ;;
+  esac
+}
+
 # Ends the script where asking again cannot help; returns where it can.
 explain_refusal() {
-  case "$PROBLEM" in
-    *"active account"*) fail "gcloud has no active account: run gcloud auth login" ;;
-  esac
+  give_up_if_hopeless
   echo "$PROBLEM" >&2
   case "$PROBLEM" in
     *[Qq]uota*)
       fail "Google Cloud refused $NAME for want of quota (above); ask for more at" \
         "https://cloud.google.com/tpu/docs/quota, or choose another zone, size or --spot"
       ;;
-    *"no more capacity"* | *[Ii]nsufficient* | *RESOURCE_EXHAUSTED* | *stockout* | *UNAVAILABLE* | *"try again"*)
+    *"no more capacity"* | *[Ii]nsufficient* | *RESOURCE_EXHAUSTED* | *stockout* | *UNAVAILABLE* | *"try again"* | \
+      *"internal error"* | *"state PREEMPTED"*)
       EXISTS=""
       say "no capacity for $NAME now; --queued waits in Google's queue instead of asking again"
       ;;
@@ -93,12 +117,20 @@ explain_refusal() {
   esac
 }
 
+# It ends the script where $NAME may still be there, and cost money.
 remove() {
-  if [[ -n "$QUEUED" ]]; then
-    # --force deletes its nodes as well.
-    act "${GCLOUD[@]}" queued-resources delete "$NAME" "${PLACE[@]}" --force
+  local command=("${GCLOUD[@]}" tpu-vm delete "$NAME" "${PLACE[@]}")
+  # --force deletes its nodes as well.
+  [[ -z "$QUEUED" ]] || command=("${GCLOUD[@]}" queued-resources delete "$NAME" "${PLACE[@]}" --force)
+  if ask "${command[@]}"; then
+    [[ -n "$DRY_RUN" ]] || say "$NAME is deleted"
+  elif [[ "$PROBLEM" == *NOT_FOUND* ]]; then
+    say "there is no $NAME in $ZONE${QUEUED:+ among the queued resources}: nothing to delete"
   else
-    act "${GCLOUD[@]}" tpu-vm delete "$NAME" "${PLACE[@]}"
+    say "$NAME was not deleted; where it is there, it costs money"
+    give_up_if_hopeless
+    echo "$PROBLEM" >&2
+    fail "$NAME was not deleted (above)"
   fi
 }
 
@@ -126,7 +158,13 @@ ensure_vms() {
         fi
         continue
         ;;
-      STOPPED) act "${GCLOUD[@]}" tpu-vm start "$NAME" "${PLACE[@]}" ;;
+      STOPPED)
+        ((asked < limit)) || fail "$NAME could not be started in $limit tries; try later, or --teardown and elsewhere"
+        ((asked == 0)) || sleep "$(backoff "$asked")"
+        asked=$((asked + 1))
+        say "$NAME is STOPPED; starting it"
+        ask "${GCLOUD[@]}" tpu-vm start "$NAME" "${PLACE[@]}" || explain_refusal
+        ;;
       FAILED)
         if [[ -n "$CREATED" ]]; then
           ask "${GCLOUD[@]}" queued-resources describe "$NAME" "${PLACE[@]}" || true
@@ -142,9 +180,7 @@ ensure_vms() {
         continue
         ;;
       UNKNOWN)
-        case "$PROBLEM" in
-          *"active account"*) fail "gcloud has no active account: run gcloud auth login" ;;
-        esac
+        give_up_if_hopeless
         echo "$PROBLEM" >&2
         waited=$((waited + 1))
         ((waited < 20)) || fail "gcloud cannot say what state $NAME is in (above); is it logged in, is the API on?"

@@ -12,7 +12,8 @@
 set -euo pipefail
 
 HERE="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)"
-CODE="$(dirname -- "$HERE")"
+# shellcheck source=launch/lib_common.sh
+source "$HERE/lib_common.sh"
 BASE="${SORA_JAX_HOME:-$HOME/sora_jax}"
 BUCKETS="${SORA_JAX_BUCKETS:-$BASE/buckets}"
 STOP_S="${SORA_JAX_STOP_S:-120}"
@@ -73,7 +74,7 @@ install_accelerator() { # none, tpu, cuda12
 prepare() { # accelerator
   export SORA_JAX_VENV="${SORA_JAX_VENV:-$BASE/venv}"
   # shellcheck source=launch/environment.sh
-  source "$CODE/launch/environment.sh"
+  source "$HERE/environment.sh"
   ensure_python
   prepare_environment >&2
   install_accelerator "$1"
@@ -147,22 +148,13 @@ train() {
     ${flags[@]+"${flags[@]}"}
 }
 
-# Runs the trainer as a child, hands SIGTERM on, and notes how and when it ended: "code epoch" in FOLDER/exit_code.
+# Trains, and notes how and when it ended: "code epoch" in FOLDER/exit_code.
 watch_over() { # folder
-  local folder="$1" child code=0
-  cd -- "$CODE"
-  (train) >>"$folder/train.log" 2>&1 &
-  child=$!
-  # shellcheck disable=SC2064
-  trap "kill -TERM $child 2>/dev/null" TERM INT
-  wait "$child" || code=$?
-  while kill -0 "$child" 2>/dev/null; do # a signal ends wait, not the child
-    code=0
-    wait "$child" || code=$?
-  done
-  printf '%s %s\n' "$code" "$(date +%s)" >"$folder/exit_code.tmp"
-  mv -f -- "$folder/exit_code.tmp" "$folder/exit_code"
-  return "$code"
+  cd -- "$CODE_ROOT"
+  run_child train >>"$1/train.log" 2>&1
+  printf '%s %s\n' "$CODE" "$(date +%s)" >"$1/exit_code.tmp"
+  mv -f -- "$1/exit_code.tmp" "$1/exit_code"
+  return "$CODE"
 }
 
 # --- commands ---
@@ -178,28 +170,47 @@ do_setup() {
 
 do_start() { # RUN_ID N
   load_run "$1"
-  local folder
+  local folder i
   folder="$(attempt_folder "$2")"
-  if [[ ! -e "$folder/pid" ]]; then
-    mount_buckets
-    mkdir -p -- "$folder"
+  if [[ ! -e "$folder" ]]; then mount_buckets; fi
+  if mkdir -- "$folder" 2>/dev/null; then # by one of those who ask
     setsid nohup bash "$HERE/lib_worker.sh" supervise "$1" "$2" </dev/null >>"$folder/supervisor.log" 2>&1 &
-    printf '%s\n' $! >"$folder/pid"
+    # Only then is it apart from this shell, whose end it is to survive.
+    for ((i = 0; i < 300; i++)); do
+      [[ ! -s "$folder/pid" ]] || break
+      sleep 0.2
+    done
+    [[ -s "$folder/pid" ]] || problem "training was not started within a minute; see $folder/supervisor.log"
+  elif [[ ! -d "$folder" ]]; then
+    problem "$folder cannot be made; is the disk full?"
   fi
   do_status "$1"
 }
 
 do_supervise() {
   load_run "$1"
+  printf '%s\n' $$ >"$(attempt_folder "$2")/pid"
   PYTHON="$(cat -- "$RUN/python")"
-  export PYTHON PYTHONPATH="$CODE${PYTHONPATH:+:$PYTHONPATH}"
+  export PYTHON PYTHONPATH="$CODE_ROOT${PYTHONPATH:+:$PYTHONPATH}"
   watch_over "$(attempt_folder "$2")"
 }
 
 is_alive() { # folder: the process is there and is ours, not one that got its number after a reboot
-  local pid
-  pid="$(cat -- "$1/pid" 2>/dev/null)" || return 1
-  kill -0 "$pid" 2>/dev/null && [[ "$(ps -o args= -p "$pid")" == *lib_worker.sh*"$SORA_JAX_RUN_ID"* ]]
+  local pid args i
+  for ((i = 0; i < 25; i++)); do
+    [[ ! -e "$1/exit_code" ]] || return 1
+    if pid="$(cat -- "$1/pid" 2>/dev/null)" && [[ -n "$pid" ]]; then
+      kill -0 "$pid" 2>/dev/null || return 1
+      args="$(ps -o args= -p "$pid")" || return 1
+      [[ "$args" != *lib_worker.sh*"$SORA_JAX_RUN_ID"* ]] || return 0
+      # While it becomes another program it has no arguments, and ps shows [its name].
+      [[ -z "$args" || "$args" == "["* ]] || return 1
+    elif [[ -z "$(find "$1" -maxdepth 0 -newermt '-1 minute' 2>/dev/null)" ]]; then
+      return 1 # not one that is being started
+    fi
+    sleep 0.2
+  done
+  return 1
 }
 
 do_status() {
@@ -210,11 +221,6 @@ do_status() {
   if ((attempt)); then
     # In this order: the code is written before the supervisor ends.
     if is_alive "$folder"; then alive=1; fi
-    # While it becomes another program a process has no arguments: what seems dead without a code is asked again.
-    if [[ -z "$alive" && ! -e "$folder/exit_code" ]]; then
-      sleep 1
-      if is_alive "$folder"; then alive=1; fi
-    fi
     if [[ -e "$folder/exit_code" ]]; then
       state=ended
       read -r code ended <"$folder/exit_code"
@@ -279,7 +285,7 @@ do_task() {
   folder="$1/$(printf 'start_%04d' "${SLURM_RESTART_COUNT:-0}")/$HOST"
   mkdir -p -- "$folder"
   PYTHON="$SORA_JAX_RUN_PYTHON"
-  export PYTHON PYTHONPATH="$CODE${PYTHONPATH:+:$PYTHONPATH}"
+  export PYTHON PYTHONPATH="$CODE_ROOT${PYTHONPATH:+:$PYTHONPATH}"
   watch_over "$folder"
 }
 
@@ -287,9 +293,9 @@ do_task() {
 do_pod() {
   SORA_JAX_FLAGS=("$@")
   PYTHON="${PYTHON:-python}"
-  export PYTHON PYTHONPATH="$CODE${PYTHONPATH:+:$PYTHONPATH}"
+  export PYTHON PYTHONPATH="$CODE_ROOT${PYTHONPATH:+:$PYTHONPATH}"
   SORA_JAX_COMMIT="${SORA_JAX_COMMIT:-unknown}"
-  cd -- "$CODE"
+  cd -- "$CODE_ROOT"
   train
 }
 

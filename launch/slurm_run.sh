@@ -53,7 +53,9 @@ if [[ -z "$RUN_ID" ]]; then
 fi
 check_run_id --run_id "$RUN_ID"
 check_train_flags ${TRAIN_FLAGS[@]+"${TRAIN_FLAGS[@]}"}
+need_tool sbatch "start this on a login node of the cluster"
 find_commit "$ALLOW_DIRTY"
+check_settings $((NUM_NODES * GPUS)) 1
 
 folder="$WORKDIR/slurm/$RUN_ID"
 code="$folder/code-$COMMIT"

@@ -60,6 +60,7 @@ own_option() { # option
 check() {
   need --name "$NAME"
   check_place
+  need_tool gcloud "install it, https://cloud.google.com/sdk/docs/install"
   RUN_ID="${RUN_ID:-$NAME}"
   check_run_id --run_id "$RUN_ID"
   ((NUM_SLICES == 1)) || QUEUED=1
@@ -75,6 +76,8 @@ check() {
     need "--topology or --accelerator" "$ACCELERATOR"
     check_form --accelerator "$ACCELERATOR" '(v5litepod|v5p|v6e)-[0-9]+' "an accelerator type, as v5p-128"
     check_accelerator "$ACCELERATOR"
+    CHIPS=$((10#${ACCELERATOR##*-}))
+    [[ "$ACCELERATOR" != v5p-* ]] || CHIPS=$((CHIPS / 2))
     GENERATION="${ACCELERATOR%-*}" DIMS=""
     GENERATION="${GENERATION/v5litepod/v5e}"
   fi
@@ -97,6 +100,7 @@ check() {
   [[ "$WORKDIR" == gs://* ]] || say "warning: --workdir=$WORKDIR must be a disk that all workers mount, or checkpoints are lost"
   check_train_flags ${TRAIN_FLAGS[@]+"${TRAIN_FLAGS[@]}"}
   find_commit "$ALLOW_DIRTY"
+  check_settings $((CHIPS * NUM_SLICES)) "$NUM_SLICES"
 }
 
 # --- steps ---
@@ -221,7 +225,7 @@ finish() { # code
   for flag in ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"}; do flags+=(--ssh_flag="$flag"); done
   act bash "$CODE_ROOT/launch/collect_logs.sh" "${flags[@]}" || say "the logs could not be collected"
   if [[ -n "$TEARDOWN_AT_END" ]]; then
-    remove
+    (remove) || true # the code stays that of the run
   else
     say "the machines are still there and cost money; delete them: bash launch/tpu_run.sh --teardown" \
       "--name=$NAME --zone=$ZONE --project=$PROJECT --num_slices=$NUM_SLICES${QUEUED:+ --queued}"

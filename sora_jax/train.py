@@ -22,12 +22,13 @@ from data_pipelines.sources.base import NoCaptionsError, Source
 from data_pipelines.texts import Embedder
 from sora_jax import cli, sample_grid, trained
 from sora_jax.conditioning import tokenizer as tokenizer_lib
+from sora_jax.conditioning.text import TextConfig
 from sora_jax.conditioning.tokenizer import Tokenizer
 from sora_jax.diffusion.objectives import ObjectiveConfig
 from sora_jax.generate import SampleConfig
 from sora_jax.models.dit import DiTConfig
 from sora_jax.parallel import agreement, cluster, exits, hostlog, multihost
-from sora_jax.parallel.mesh import MeshConfig, local_rows, make_mesh
+from sora_jax.parallel.mesh import ROW_AXES, MeshConfig, local_rows, make_mesh
 from sora_jax.parallel.sentinel import Sentinel
 from sora_jax.tasks import registry
 from sora_jax.trained import TEXT_ENCODER, TOKENIZER
@@ -59,6 +60,9 @@ def define_flags() -> None:
   flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, with the two flags below.")
   flags.DEFINE_integer("num_processes", None, "Processes of this run.")
   flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+  flags.DEFINE_bool("check_config", False, "Say what is wrong with the config, and train nothing.")
+  flags.DEFINE_integer("check_devices", 0, "With it: devices that the mesh and the rows must divide over.")
+  flags.DEFINE_integer("check_slices", 1, "With it: slices of TPUs that these devices make up.")
 
 
 def main(argv: list[str]) -> int:
@@ -66,23 +70,16 @@ def main(argv: list[str]) -> int:
   if FLAGS.config is None or not FLAGS.workdir:
     raise ValueError("both --config=FILE.py and --workdir=DIR are needed")
   config, workdir = FLAGS.config, Path(FLAGS.workdir)
+  if FLAGS.check_config:
+    check_config(config, devices=FLAGS.check_devices, slices=FLAGS.check_slices)
+    hostlog.say("the config holds no mistake that shows without devices and data")
+    return exits.DONE
   explicit = {name: FLAGS[name].value for name in ("coordinator_address", "num_processes", "process_id")}
   cluster.join(cluster.find(os.environ, flags=explicit, tpu=cluster.has_tpu()))
   listener = Sentinel().start()
   agreement.check(agreement.facts(checkpoint.flatten(json.loads(json.dumps(config.to_dict())))))
-  if unknown := sorted(set(config) - SECTIONS):
-    raise ValueError(f"config has no section {', '.join(unknown)}; it has {', '.join(sorted(SECTIONS))}")
   # Every section is read before anything slow, so that a wrong key fails at once.
-  train = dataclasses.replace(registry.section(TrainConfig, config, "train"), seed=config.seed)
-  optimizer = registry.section(OptimizerConfig, config, "optimizer")
-  data = registry.section(DataConfig, config, "data")
-  registry.section(DiTConfig, config, "model")
-  registry.section(SampleConfig, config, "sample")
-  registry.section(ObjectiveConfig, config, "diffusion")
-  if data.rows % train.accumulate:
-    raise ValueError(
-      f"data.rows = {data.rows} does not split into train.accumulate = {train.accumulate} parts"
-    )
+  train, optimizer, data = check_config(config)
   mesh = make_mesh(registry.section(MeshConfig, config, "mesh"))
   hostlog.say(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
 
@@ -119,6 +116,34 @@ def main(argv: list[str]) -> int:
     return exits.PREEMPTED
   hostlog.say(f"done: step {result.step}, checkpoints in {workdir / 'checkpoints'}")
   return 0
+
+
+def check_config(
+  config: ml_collections.ConfigDict, *, devices: int = 0, slices: int = 1
+) -> tuple[TrainConfig, OptimizerConfig, DataConfig]:
+  """Reads every section; with a number of devices, also whether mesh and rows fit them."""
+  if unknown := sorted(set(config) - SECTIONS):
+    raise ValueError(f"config has no section {', '.join(unknown)}; it has {', '.join(sorted(SECTIONS))}")
+  train = dataclasses.replace(registry.section(TrainConfig, config, "train"), seed=config.seed)
+  optimizer = registry.section(OptimizerConfig, config, "optimizer")
+  data = registry.section(DataConfig, config, "data")
+  registry.section(DiTConfig, config, "model")
+  registry.section(SampleConfig, config, "sample")
+  registry.section(ObjectiveConfig, config, "diffusion")
+  registry.section(TextConfig, config, "text")
+  mesh = registry.section(MeshConfig, config, "mesh")
+  if data.rows % train.accumulate:
+    raise ValueError(
+      f"data.rows = {data.rows} does not split into train.accumulate = {train.accumulate} parts"
+    )
+  if devices:
+    replica, fsdp, _, _ = mesh.sizes(devices, slices)
+    if data.rows % (replica * fsdp * train.accumulate):
+      raise ValueError(
+        f"data.rows = {data.rows} is not a multiple of the {replica * fsdp} devices of mesh axes {ROW_AXES} "
+        f"times train.accumulate = {train.accumulate}"
+      )
+  return train, optimizer, data
 
 
 def readable_source(data: DataConfig) -> Source:

@@ -194,7 +194,38 @@ def test_refuses_in_one_line(box, changed, says):
   assert says in done.stderr.splitlines()[-1]
 
 
-def test_a_refusal_of_the_cluster(box):
-  box.set(apply_error='error: no matches for kind "JobSet" in version "jobset.x-k8s.io/v1alpha2"')
-  done = box.run("gke_run.sh", *BASE)
-  assert done.returncode == 2 and 'no matches for kind "JobSet"' in done.stderr
+@pytest.mark.parametrize(
+  "problem,says",
+  [
+    ("error: You must be logged in to the server (Unauthorized)", "clusters get-credentials"),
+    (
+      'Get "http://localhost:8080/openapi/v2": dial tcp [::1]:8080: connect: connection refused',
+      "clusters get-credentials",
+    ),
+    (
+      'no matches for kind "JobSet" in version "jobset.x-k8s.io/v1alpha2"',
+      "has no JobSet controller: https://",
+    ),
+    ("JobSet is invalid: spec.replicatedJobs: field is immutable", "end it with --teardown"),
+    ("quota exceeded", "kubectl refused "),
+  ],
+)
+def test_what_kubectl_refuses_is_one_line_with_the_remedy(box, problem, says):
+  box.set(apply_error=problem)
+  done = box.run("gke_run.sh", *BASE, "--follow")
+  last = done.stderr.splitlines()[-1]
+  assert done.returncode == 2 and last.startswith("error: ") and says in last, done.stderr
+
+
+def test_an_image_that_may_not_be_pushed(box):
+  box.set(errors={"docker push": "denied: Permission artifactregistry.repositories.uploadArtifacts denied"})
+  done = box.run("gke_run.sh", *BASE, "--build")
+  assert (
+    done.returncode == 2 and "gcloud auth configure-docker us-docker.pkg.dev" in done.stderr.splitlines()[-1]
+  )
+  assert not box.calls("kubectl")
+
+
+def test_without_kubectl_it_says_so(box):
+  done = box.run("gke_run.sh", *BASE, PATH=box.path_without("kubectl"))
+  assert done.returncode == 2 and done.stderr.startswith("error: kubectl is not on the PATH")

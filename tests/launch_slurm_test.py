@@ -5,11 +5,10 @@ import shlex
 import shutil
 import signal
 import subprocess
-import time
 
 import pytest
 
-from tests.stand_ins.sandbox import git, make_repository, make_sandbox
+from tests.stand_ins.sandbox import PATIENCE_S, git, make_repository, make_sandbox
 
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="no git: the code is sent at its commit")
 
@@ -131,12 +130,9 @@ def test_restarts_are_bounded(box):
 def test_scancel_saves_and_does_not_come_back(box):
   box.set(ends={"*": ["wait"]})
   running = box.start("slurm_run.sh", *arguments(box, gpus=0))
-  deadline = time.monotonic() + 30
-  while len(box.calls("train")) < 2 and time.monotonic() < deadline:
-    time.sleep(0.1)
-  time.sleep(2)  # on a busy machine the script sets its trap late
+  box.wait_for_trainers(running, 2)
   os.kill(int((box.state / "job_pid").read_text()), signal.SIGTERM)
-  running.communicate(timeout=30)
+  running.communicate(timeout=PATIENCE_S)
   assert (box.state / "job_code").read_text() == "42" and not box.calls("scontrol")
   assert "not requeued" in job_log(box)
 
@@ -145,6 +141,15 @@ def test_a_refused_job(box):
   box.set(sbatch_error="sbatch: error: Invalid account")
   done = box.run("slurm_run.sh", *arguments(box, gpus=0))
   assert done.returncode == 2 and "Invalid account" in done.stderr
+
+
+def test_without_slurm_it_says_so(box):
+  (box.state / "bin" / "sbatch").unlink()
+  done = box.run("slurm_run.sh", *arguments(box))
+  assert done.returncode == 2 and done.stderr.startswith(
+    "error: sbatch is not on the PATH: start this on a login"
+  )
+  assert not (box.state / "a 'run'").exists()
 
 
 @pytest.mark.parametrize(

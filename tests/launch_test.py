@@ -4,7 +4,9 @@ import configparser
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,18 @@ def test_a_machine_without_python_is_told_so(tmp_path):
   )
   assert done.returncode == 2
   assert "error: no Python of version 3.11 or later found" in done.stderr
+
+
+def test_a_child_that_ends_while_its_parent_is_told_to():
+  """On a busy machine the child has ended before the parent comes to ask for it: its code is not lost."""
+  late = 'kill() { builtin kill "$@" && sleep 0.5; }'
+  child = "import os, signal as s; s.signal(s.SIGTERM, lambda *_: os._exit(44)); print('ready', flush=True)"
+  code = f'source launch/lib_common.sh; {late}; run_child {sys.executable} -c "$1"; echo "$CODE $TOLD"'
+  command = ["bash", "-euc", code, "-", f"{child}; s.pause()"]
+  parent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+  assert parent.stdout.readline() == "ready\n"
+  parent.send_signal(signal.SIGTERM)
+  assert parent.communicate(timeout=60)[0] == "44 1\n"
 
 
 @pytest.mark.parametrize("path", PINS, ids=lambda p: p.stem)

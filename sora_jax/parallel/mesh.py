@@ -25,7 +25,7 @@ class MeshConfig:
   context: int = 1  # tokens of a row split
   tensor: int = 1  # heads and mlp split
 
-  def sizes(self, num_devices: int) -> tuple[int, int, int, int]:
+  def sizes(self, num_devices: int, num_slices: int = 1) -> tuple[int, int, int, int]:
     sizes = [getattr(self, axis) for axis in AXES]
     shown = ", ".join(f"{axis}={n}" for axis, n in zip(AXES, sizes))
     if any(n == 0 or n < -1 for n in sizes) or sizes.count(-1) > 1:
@@ -36,7 +36,17 @@ class MeshConfig:
         f"mesh ({shown}) needs {'a multiple of ' if -1 in sizes else ''}{fixed} devices, but there are "
         f"{num_devices}; change config.mesh, or set one axis to -1 to take the rest"
       )
-    return tuple(num_devices // fixed if n == -1 else n for n in sizes)
+    sizes = tuple(num_devices // fixed if n == -1 else n for n in sizes)
+    _check_slices(sizes, num_slices)
+    return sizes
+
+
+def _check_slices(sizes: tuple[int, ...], num_slices: int) -> None:
+  if sizes[0] % num_slices:
+    raise ValueError(
+      f"mesh axis replica={sizes[0]} is not a multiple of the {num_slices} slices, which only it may span; "
+      "set config.mesh.replica to -1 and the other axes to the devices of one slice"
+    )
 
 
 def make_mesh(config: MeshConfig | Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -57,11 +67,7 @@ def _arrange(sizes: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
   num_slices = len({getattr(d, "slice_index", 0) or 0 for d in devices})
   if num_slices == 1 or devices[0].platform == "gpu":
     return _torus(sizes, devices)
-  if sizes[0] % num_slices:
-    raise ValueError(
-      f"mesh axis replica={sizes[0]} is not a multiple of the {num_slices} slices, which only it may span; "
-      "set config.mesh.replica to -1 and the other axes to the devices of one slice"
-    )
+  _check_slices(sizes, num_slices)
   slices = [
     [d for d in devices if (getattr(d, "slice_index", 0) or 0) == i]
     for i in sorted({getattr(d, "slice_index", 0) or 0 for d in devices})

@@ -51,7 +51,7 @@ def home(node: str, worker: int) -> Path:
 def add_node(name: str) -> None:
   put("nodes", name, state="READY", workers=scenario("workers", 1))
   for worker in range(scenario("workers", 1)):
-    home(name, worker).mkdir(parents=True)
+    home(name, worker).mkdir(parents=True, exist_ok=True)
 
 
 def drop_node(name: str) -> None:
@@ -100,7 +100,7 @@ def workers(node: str, flags: dict) -> list[int]:
 def ssh(node: str, flags: dict) -> None:
   running = []
   for worker in workers(node, flags):
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "SORA_JAX_PYTHON")}
     env |= {"HOME": str(home(node, worker)), "SORA_JAX_HOST": f"{node}-w-{worker}"}
     env |= {k: v.replace("WORKER", str(worker)) for k, v in scenario("remote_env", {}).items()}
     running.append(
@@ -135,7 +135,12 @@ def main(argv: list[str]) -> None:
   plain, flags = options(rest)
   unknown = set(flags) - KNOWN[f"{kind} {verb}"] - {"zone", "project", "quiet"}
   assert not unknown and {"zone", "project", "quiet"} <= set(flags), (argv, unknown)
+  if error := scenario("errors", {}).get(verb):
+    fail(error)
   match kind, verb:
+    case "tpu-vm", "start":
+      get("nodes", plain[0])
+      add_node(plain[0])
     case _, "create":
       create(kind, plain[0], flags)
     case "tpu-vm", "describe":
@@ -143,6 +148,7 @@ def main(argv: list[str]) -> None:
     case "queued-resources", "describe":
       print(describe_queue(plain[0]) if "format" in flags else "error: no such quota")
     case "tpu-vm", "delete":
+      get("nodes", plain[0])
       drop_node(plain[0])
     case "queued-resources", "delete":
       for node in get("queues", plain[0])["nodes"]:

@@ -86,6 +86,8 @@ def main(argv: list[str]) -> None:
   record(tool, argv, stdin=len(sys.stdin.buffer.read()) if tool == "docker" and argv[-1] == "-" else 0)
   if tool == "kubectl":
     kubectl(argv)
+  elif error := scenario("errors", {}).get(f"{tool} {argv[0]}"):
+    fail(error)
 
 
 if __name__ == "__main__":

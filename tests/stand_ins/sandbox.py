@@ -4,10 +4,13 @@ import contextlib
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,6 +19,14 @@ TOOLS = {
   "kubectl": "kubernetes", "xpk": "kubernetes", "docker": "kubernetes",
   "gcsfuse": "buckets", "mountpoint": "buckets",
 }  # fmt: skip
+SYSTEM = (
+  "awk", "basename", "bash", "cat", "date", "dirname", "env", "git", "head", "mkdir", "mktemp", "paste", "rm",
+  "sed", "sort", "tr",
+)  # fmt: skip
+PATIENCE_S = 900
+# Of tpu_run.sh.
+PLACE = ("--name=pod", "--zone=us-east5-a", "--project=mine")
+BASE = (*PLACE, "--topology=v5p:2x2x2", "--config=configs/quickstart.py:debug", "--workdir=gs://bucket/a run")
 FAST = {
   "SORA_JAX_POLL_S": "0.1", "SORA_JAX_BACKOFF_S": "0", "SORA_JAX_GRACE_S": "1", "SORA_JAX_STOP_S": "30",
 }  # fmt: skip
@@ -50,18 +61,46 @@ class Sandbox:
   def env(self, **more: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SORA_JAX_", "SLURM_"))}
     path = f"{self.state / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    return kept | FAST | {"PATH": path, "STAND_IN_STATE": str(self.state), "TMPDIR": str(self.state)} | more
+    own = {
+      "STAND_IN_STATE": self.state,
+      "TMPDIR": self.state,
+      "SORA_JAX_PYTHON": self.state / "bin" / "python3.12",
+    }
+    return kept | FAST | {"PATH": path} | {name: str(value) for name, value in own.items()} | more
 
   def run(self, script: str, *args: str, **env: str) -> subprocess.CompletedProcess:
     command = ["bash", str(self.repository / "launch" / script), *args]
     return subprocess.run(
-      command, capture_output=True, text=True, env=self.env(**env), timeout=120, cwd=self.state
+      command, capture_output=True, text=True, env=self.env(**env), timeout=PATIENCE_S, cwd=self.state
     )
 
   def start(self, script: str, *args: str) -> subprocess.Popen:
     command = ["bash", str(self.repository / "launch" / script), *args]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=self.env(), cwd=self.state)
+    # Where these tests run in the background of a script, SIGINT is ignored, and bash could not trap it.
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    return subprocess.Popen(
+      command, stdout=pipe, stderr=pipe, text=True, env=self.env(), cwd=self.state, preexec_fn=heard
+    )
+
+  def wait_for(self, running: subprocess.Popen, condition: Callable[[], bool]) -> None:
+    """Bounded only against a hang: a busy machine may take its time."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+      assert running.poll() is None, running.communicate()
+      assert time.monotonic() < deadline, "what was waited for did not come"
+      time.sleep(0.05)
+
+  def wait_for_trainers(self, running: subprocess.Popen, count: int = 1) -> None:
+    self.wait_for(running, lambda: len(self.calls("train")) >= count)
+
+  def path_without(self, tool: str) -> str:
+    """A PATH of the stand-ins but one, and of what the scripts use of the system."""
+    (self.state / "bin" / tool).unlink()
+    (self.state / "system").mkdir()
+    for name in SYSTEM:
+      (self.state / "system" / name).symlink_to(shutil.which(name))
+    return f"{self.state / 'bin'}{os.pathsep}{self.state / 'system'}"
 
   def calls(self, tool: str) -> list[dict]:
     path = self.state / "calls.jsonl"
@@ -92,3 +131,9 @@ def make_sandbox(repository: Path, state: Path) -> Sandbox:
   sandbox = Sandbox(repository, state)
   sandbox.set()
   return sandbox
+
+
+def commands(done) -> list[list[str]]:
+  """What a dry run printed, read as a shell would."""
+  assert done.returncode == 0, done.stderr
+  return [shlex.split(line) for line in done.stdout.splitlines()]

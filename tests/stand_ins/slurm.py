@@ -39,11 +39,11 @@ def srun(argv: list[str]) -> None:
   words = argv[next(i for i, arg in enumerate(argv) if not arg.startswith("--")) :]
   per_node = int(os.environ["SLURM_NTASKS_PER_NODE"])
   running = []
+  signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in running])
   for rank in range(per_node * int(os.environ["SLURM_JOB_NUM_NODES"])):
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     env |= {"SLURM_PROCID": str(rank), "SORA_JAX_HOST": f"n{rank // per_node}"}
     running.append(subprocess.Popen(words, env=env))
-  signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in running])
   sys.exit(max(process.wait() % 256 for process in running))
 
 
