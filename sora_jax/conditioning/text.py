@@ -64,12 +64,20 @@ class TextEncoder(nnx.Module):
     segment = batch.text_segment_BM
     place = jnp.minimum(place_in_segment(segment), self.config.max_tokens - 1)
     x = by_rows(self.table[...][batch.text_ids_BM]) + by_rows(self.position[...][place])
-    for block in self.blocks:
-      x = by_rows(block(x, segment))
-    x = layers.layer_norm(x)
+    x = layers.layer_norm(self._run_blocks(x, segment))
     one_hot = layers.slot_one_hot(segment, batch.fps_BN.shape[1] + 1)[..., 1:]
     total = jnp.einsum("bmn,bmd->bnd", one_hot, x)
     return x, total / jnp.maximum(one_hot.sum(axis=1), 1)[..., None]
+
+  def _run_blocks(self, x: Array, segment_BM: Array) -> Array:
+    """A loop over the blocks, stacked here, compiles in the time of one; of two it is not worth its copies."""
+    if len(self.blocks) <= 2:
+      for block in self.blocks:
+        x = by_rows(block(x, segment_BM))
+      return x
+    graph = nnx.graphdef(self.blocks[0])
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(nnx.state, self.blocks))
+    return jax.lax.scan(lambda x, p: (by_rows(nnx.merge(graph, p)(x, segment_BM)), None), x, stacked)[0]
 
 
 def place_in_segment(segment_BM: Array) -> Array:
