@@ -7,12 +7,13 @@ depends on (seed, index, place of the token), its text is never cut to make room
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sora_jax.diffusion import samplers
@@ -144,24 +145,22 @@ def generate_float(
     for b, row in enumerate(chunk):
       for n, i in enumerate(row):
         seeds_BN2[b, n] = requests[i].seed % 2**32, requests[i].index
-    tokens_BLC = np.asarray(
-      _denoise(
-        graphdef,
-        state,
-        _pack(samples, chunk, spec),
-        _pack(negatives, chunk, spec) if guided else None,
-        seeds_BN2,
-        np.float32(config.guidance_scale),
-        diffusion=diffusion,
-        method=config.sampler,
-        num_steps=config.num_inference_steps,
-      )
+    tokens_BLC = _denoise(
+      graphdef,
+      state,
+      _pack(samples, chunk, spec),
+      _pack(negatives, chunk, spec) if guided else None,
+      seeds_BN2,
+      np.float32(config.guidance_scale),
+      diffusion=diffusion,
+      method=config.sampler,
+      num_steps=config.num_inference_steps,
     )
-    for b, row in enumerate(chunk):
+    for row, tokens_LC in zip(chunk, _fetch_rows(tokens_BLC)):
       start = 0
       for i in row:
         stop = start + len(samples[i].tokens_LC)
-        video = geometry.unpatchify(tokens_BLC[b, start:stop], samples[i].grid, patch)
+        video = geometry.unpatchify(tokens_LC[start:stop], samples[i].grid, patch)
         videos[i] = video[: requests[i].num_frames]
         start = stop
   return videos
@@ -223,6 +222,16 @@ def _pack(samples: Sequence[PackedSample], rows: Sequence[plan.Row], spec: Batch
   return stack_rows([*packed, spec.zeros(missing)] if missing else packed)
 
 
+def _fetch_rows(x_BLC: Array) -> Iterator[np.ndarray]:
+  """Every row on every host. Between hosts one row at a time is whole on the devices, never all of them."""
+  if x_BLC.is_fully_addressable:
+    yield from np.asarray(x_BLC)
+    return
+  whole = jax.jit(lambda x, b: x[b], out_shardings=NamedSharding(x_BLC.sharding.mesh, P()))
+  for b in range(len(x_BLC)):
+    yield np.asarray(whole(x_BLC, b))
+
+
 @functools.partial(jax.jit, static_argnames=("graphdef", "diffusion", "method", "num_steps"))
 def _denoise(
   graphdef,
@@ -245,15 +254,16 @@ def _denoise(
   keys_BN = jax.vmap(jax.vmap(lambda s: jax.random.fold_in(jax.random.key(s[0]), s[1])))(seeds_BN2)
   noise_BLC = text_to_video.token_noise(batch, keys_BN)
   # Both sides of the guidance run as one batch of twice the rows; the text is encoded once.
-  both = batch if negative is None else jax.tree.map(lambda *x: jnp.concatenate(x), batch, negative)
+  both = batch if negative is None else jax.tree.map(_side_by_side, batch, negative)
   text_BMD, pooled_BND = model.text_encoder(both)
 
   def denoiser(z_BLC, t_BN):
     if negative is None:
       return model.denoiser(z_BLC, t_BN, both, text_BMD, pooled_BND)
-    z_BLC, t_BN = jnp.concatenate([z_BLC, z_BLC]), jnp.concatenate([t_BN, t_BN])
+    z_BLC, t_BN = _side_by_side(z_BLC, z_BLC), _side_by_side(t_BN, t_BN)
     output = model.denoiser(z_BLC, t_BN, both, text_BMD, pooled_BND)
-    return samplers.guide(*jnp.split(output, 2), guidance_scale)
+    output = output.reshape(-1, 2, *output.shape[1:])
+    return samplers.guide(output[:, 0], output[:, 1], guidance_scale)
 
   z = samplers.sample(
     diffusion,
@@ -265,7 +275,12 @@ def _denoise(
     given_BL1=batch.given_BL[..., None],
     clean_BLC=batch.tokens_BLC,
   )
-  return z if mesh.empty else jax.lax.with_sharding_constraint(z, P())
+  return z if mesh.empty else jax.lax.with_sharding_constraint(z, P(mesh_lib.ROW_AXES))
+
+
+def _side_by_side(x, y):
+  """x0, y0, x1, y1, ...: both sides of a row stay on its device, where one batch after the other would move."""
+  return jnp.stack([x, y], axis=1).reshape(-1, *x.shape[1:])
 
 
 def lower_denoiser(

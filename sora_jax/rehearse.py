@@ -7,10 +7,12 @@ program. Without --topology: those of the config. --all: every configs/t2v_*.py 
 tests/golden/rehearse. Exit code: 0 all fit, 1 one does not, or a lint or comparison fails.
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -21,7 +23,8 @@ from ml_collections import config_flags
 from data_pipelines.config import DataConfig, batch_spec
 from sora_jax import cli
 from sora_jax.rehearsal import report, topology
-from sora_jax.rehearsal.run import FAST, RehearseConfig, rehearse
+from sora_jax.rehearsal.jobs import Job, cores, rehearse_all
+from sora_jax.rehearsal.run import FAST, RehearseConfig
 from sora_jax.tasks import registry
 
 FLAGS = flags.FLAGS
@@ -42,6 +45,7 @@ def define_flags() -> None:
   flags.DEFINE_string("hlo", "", "File for the text of the compiled module, of the last program.")
   flags.DEFINE_bool("all", False, "Every configs/t2v_*.py on the topologies it names.")
   flags.DEFINE_bool("ci", False, "Those of --all that compile fast enough for continuous integration.")
+  flags.DEFINE_integer("jobs", 0, "Programs compiled at a time; 0 = as many as cores.", lower_bound=0)
   flags.DEFINE_float("effort", FAST, "Effort of the compiler on speed, -1 (fastest to compile) to 1.")
   flags.DEFINE_bool("check_golden", False, "Fail where figures differ from tests/golden/rehearse.")
   flags.DEFINE_bool("write_golden", False, "Write those files anew.")
@@ -50,7 +54,7 @@ def define_flags() -> None:
 def main(argv: list[str]) -> int:
   del argv
   jax.config.update("jax_platforms", "cpu")  # nothing runs; a TPU that is there stays free
-  results, failed = [], False
+  began, jobs, names = time.monotonic(), [], []
   for name, config in _configs():
     data = registry.section(DataConfig, config, "data")
     named = registry.section(RehearseConfig, config, "rehearse").topologies
@@ -58,14 +62,22 @@ def main(argv: list[str]) -> int:
     if not wanted:
       raise ValueError(f"{name} names no topology in config.rehearse.topologies; give --topology=v5p:8x8x8")
     for at in (topology.parse(t, FLAGS.num_slices) for t in wanted):
-      result = rehearse(
-        name, config, spec=batch_spec(data), patch=data.patch, at=at, mode=FLAGS.mode, effort=FLAGS.effort,
-        hlo_file=FLAGS.hlo,
+      jobs.append(
+        Job(
+          name=name, config=config.to_dict(), spec=batch_spec(data), patch=data.patch, at=at, mode=FLAGS.mode,
+          effort=FLAGS.effort,
+        )
       )  # fmt: skip
-      results.append(result)
-      print(report.table(result) if "times" in result else report.refusal(result), end="\n\n", flush=True)
-      failed |= not result["fits"]
-      failed |= not _golden(result, f"{Path(name.split(':')[0]).stem}_{at.key}_{FLAGS.mode}.json")
+      names.append(f"{Path(name.split(':')[0]).stem}_{at.key}_{FLAGS.mode}.json")
+  jobs[-1] = dataclasses.replace(jobs[-1], hlo_file=FLAGS.hlo)
+  results, failed = [], False
+  for result, golden in zip(rehearse_all(jobs, processes=FLAGS.jobs or cores()), names):
+    results.append(result)
+    print(report.table(result) if "times" in result else report.refusal(result), end="\n\n", flush=True)
+    failed |= not result["fits"]
+    failed |= not _golden(result, golden)
+  if len(jobs) > 1:
+    print(f"{len(jobs)} programs in {time.monotonic() - began:.0f} s")
   if FLAGS.json:
     text = json.dumps(results[0] if len(results) == 1 else results, indent=1)
     Path(FLAGS.json).write_text(text + "\n")

@@ -74,3 +74,16 @@ def test_encoder_keeps_captions_apart():
   assert np.abs(text_BMD[0, ~same] - other_BMD[0, ~same]).max() > 0.1
   np.testing.assert_allclose(pooled_BND[0, 0], text_BMD[0, :3].mean(0), atol=1e-6)
   np.testing.assert_array_equal(pooled_BND[0, [0, 2]], other_BND[0, [0, 2]])
+
+
+def test_a_loop_over_the_blocks_is_the_blocks_in_turn():
+  config = TextConfig(vocab_size=20, max_tokens=8, width=16, depth=3, heads=2)
+  encoder = TextEncoder(config, rngs=nnx.Rngs(0))
+  segment_BM = jnp.array([[1, 1, 1, 2, 2, 2, 2, 3, 3, 0]])
+  x_BMD = jax.random.normal(jax.random.key(0), (1, 10, 16))
+  expected = x_BMD
+  for block in encoder.blocks:
+    expected = block(expected, segment_BM)
+  looped = jax.jit(lambda x: encoder._run_blocks(x, segment_BM))
+  np.testing.assert_allclose(looped(x_BMD), expected, atol=1e-5)
+  assert "scan" in str(jax.make_jaxpr(lambda x: encoder._run_blocks(x, segment_BM))(x_BMD))

@@ -67,9 +67,7 @@ class TextEncoder(nnx.Module):
     """Returns text_BMD (fp32) and pooled_BND, the mean over each sample's tokens."""
     segment = batch.text_segment_BM
     x = self._looked_up(batch) if batch.text_BMD is None else self._embedded(batch)
-    for block in self.blocks:
-      x = by_rows(block(x, segment))
-    x = layers.layer_norm(x)
+    x = layers.layer_norm(self._run_blocks(x, segment))
     one_hot = layers.slot_one_hot(segment, batch.fps_BN.shape[1] + 1)[..., 1:]
     total = jnp.einsum("bmn,bmd->bnd", one_hot, x)
     return x, total / jnp.maximum(one_hot.sum(axis=1), 1)[..., None]
@@ -82,6 +80,16 @@ class TextEncoder(nnx.Module):
     """Embeddings know their places; a caption that is dropped, or was never there, is one learned vector."""
     x = self.project(layers.layer_norm(batch.text_BMD))
     return by_rows(jnp.where((batch.text_ids_BM == NULL_ID)[..., None], self.null[...], x))
+
+  def _run_blocks(self, x: Array, segment_BM: Array) -> Array:
+    """A loop over the blocks, stacked here, compiles in the time of one; of two it is not worth its copies."""
+    if len(self.blocks) <= 2:
+      for block in self.blocks:
+        x = by_rows(block(x, segment_BM))
+      return x
+    graph = nnx.graphdef(self.blocks[0])
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(nnx.state, self.blocks))
+    return jax.lax.scan(lambda x, p: (by_rows(nnx.merge(graph, p)(x, segment_BM)), None), x, stacked)[0]
 
 
 def place_in_segment(segment_BM: Array) -> Array:

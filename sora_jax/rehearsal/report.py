@@ -82,7 +82,7 @@ def table(result: dict[str, Any]) -> str:
       share = cell["overlapped_bytes"] / cell["bytes"] if cell["bytes"] else 0.0
       lines.append(f"  {kind:<19} {axes:<16} {cell['count']:>7} {cell['bytes'] / 1e9:>9.2f} {share:>11.0%}")
   lines += [f"lint {lint['name']}: {lint['message']}" for lint in result["lints"]]
-  lines.append("fits" if result["fits"] else "does NOT fit or pass; see the lints above")
+  lines.append(_verdict(result))
   return "\n".join(lines)
 
 
@@ -90,4 +90,11 @@ def refusal(result: dict[str, Any]) -> str:
   """For people, where there is no program to show figures of."""
   head = f"{result['config']} {result['mode']} on {result['topology']}, {result['devices']} devices: "
   head += f"{result['params']:,} parameters"
-  return "\n".join([head, *(f"lint {x['name']}: {x['message']}" for x in result["lints"]), "does NOT fit"])
+  return "\n".join([head, *(f"lint {x['name']}: {x['message']}" for x in result["lints"]), _verdict(result)])
+
+
+def _verdict(result: dict[str, Any]) -> str:
+  names = list(dict.fromkeys(lint["name"] for lint in result["lints"]))
+  if not names:
+    return "fits"
+  return f"does NOT {'fit' if 'memory' in names else 'pass'}: {', '.join(names)}"

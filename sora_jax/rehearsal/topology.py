@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 
@@ -12,6 +13,15 @@ from sora_jax.parallel.peaks import CHIPS, Chip
 from sora_jax.rehearsal import gpu
 
 _NAME = re.compile(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?")
+# What libtpu reads when it is loaded.
+_ENVIRONMENT = {
+  # Lest it ask a metadata server, which only a TPU VM has, who it is, and complain that it does not know.
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_ACCELERATOR_TYPE": "v5p-8",  # of this host; what is compiled for is said by name
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is run, so several processes may compile at a time
+  "TPU_MIN_LOG_LEVEL": "2",  # errors
+}
 _NO_LIBTPU = "rehearsing a TPU topology needs libtpu, no TPU: pip install '.[rehearse]' in the clone (large)"
 
 
@@ -27,6 +37,10 @@ class Topology:
   @property
   def is_gpu(self) -> bool:
     return self.chip.generation in gpu.GPUS
+
+  @property
+  def num_devices(self) -> int:
+    return self.num_slices * math.prod(self.dims)
 
   @property
   def compiler(self) -> str:
@@ -67,10 +81,8 @@ def describe(topology: Topology) -> list[jax.Device]:
     return gpu.describe(topology.chip, *topology.dims)
   if importlib.util.find_spec("libtpu") is None:
     raise ValueError(_NO_LIBTPU)
-  # Lest libtpu ask a metadata server, which only a TPU VM has, who it is.
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  # Nothing is run, so several processes may compile at a time.
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  for name, value in _ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
   kwargs = {"num_slices": topology.num_slices} if topology.num_slices > 1 else {}
   try:
     described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **kwargs)
