@@ -82,7 +82,7 @@ class TextEncoder(nnx.Module):
     return by_rows(jnp.where((batch.text_ids_BM == NULL_ID)[..., None], self.null[...], x))
 
   def _run_blocks(self, x: Array, segment_BM: Array) -> Array:
-    """A loop over the blocks, stacked here, compiles in the time of one; of two it is not worth its copies."""
+    """A loop over the blocks, stacked here, compiles in the time of one; of two it only copies."""
     if len(self.blocks) <= 2:
       for block in self.blocks:
         x = by_rows(block(x, segment_BM))
