@@ -218,6 +218,7 @@ class Pipeline:
       self.source,
       self.fitted,
       self.plan,
+      self.config,
       self.spec,
       self.loader.count_text,
       rejects=rejects,

@@ -18,6 +18,8 @@ from sora_jax.types import BatchSpec
 _TRIED = 64  # values of max_tokens
 _TRIED_SAMPLES = 4096
 _CHUNK = 2**20  # samples looked at at once
+MUCH_PADDING = 0.02  # a report names what would pad less than this
+_GAIN = 0.005
 
 Native = tuple[int, int, int, float]  # frames, height, width, rate
 
@@ -152,19 +154,46 @@ def _budget(
   most = stage.max_tokens or spec.tokens
   if not config.max_padding or not len(kinds):
     return most
-  used = sorted(set(kinds.tolist()))
   best, least = most, np.inf
   for budget in dict.fromkeys(int(b) for b in np.linspace(most, max(1, most / 2), _TRIED)):
-    tried = dataclasses.replace(stage, max_tokens=budget)
-    specs = {k: _fit_kind(k, natives[k], tried, 1.0, config, {}) for k in used}
-    tokens = {k: num_tokens(s, config.patch) if s else 0 for k, s in specs.items()}
-    lengths = np.array([tokens[k] for k in kinds.tolist() if tokens[k]], np.int64)
+    lengths = _lengths(natives, kinds, dataclasses.replace(stage, max_tokens=budget), config)
     padding = _padding(lengths, config, spec)
     if padding < least:
       best, least = budget, padding
     if padding <= config.max_padding:
       break
   return best
+
+
+def _lengths(natives: tuple[Native, ...], kinds: np.ndarray, stage: Stage, config: DataConfig) -> np.ndarray:
+  """Tokens of the samples that fit."""
+  specs = {k: _fit_kind(k, natives[k], stage, 1.0, config, {}) for k in sorted(set(kinds.tolist()))}
+  tokens = {k: num_tokens(s, config.patch) if s else 0 for k, s in specs.items()}
+  return np.array([tokens[k] for k in kinds.tolist() if tokens[k]], np.int64)
+
+
+def remedies(fitted: Fitted, config: DataConfig, spec: BatchSpec, padding: float) -> list[str]:
+  """What would pad less, where rows pad much: longer rows, or samples that fill those there are."""
+  if padding <= MUCH_PADDING or not len(fitted):
+    return []
+  kinds = fitted.kinds[:: -(-len(fitted) // _TRIED_SAMPLES)]
+  stage, found = fitted.stages[-1], []
+
+  def tried(config: DataConfig, spec: BatchSpec) -> tuple[float, int]:
+    budget = _budget(stage, fitted.natives, kinds, config, spec)
+    lengths = _lengths(fitted.natives, kinds, dataclasses.replace(stage, max_tokens=budget), config)
+    return _padding(lengths, config, spec), budget
+
+  for times in (1, 2, 4):
+    longer = dataclasses.replace(spec, tokens=times * spec.tokens, samples=times * spec.samples)
+    rows = f"data.row_tokens={longer.tokens}, data.row_samples={longer.samples}" if times > 1 else ""
+    for limit in (0.0,) if config.latents else (0.0, MUCH_PADDING):
+      least, budget = tried(dataclasses.replace(config, max_padding=limit), longer)
+      lower = f"data.max_padding={limit} (at most {budget} tokens a sample)" if limit else ""
+      found.append((least, " and ".join(filter(None, (rows, lower)))))
+  better = [(p, what) for p, what in found if p < padding - _GAIN]
+  enough = [(p, what) for p, what in better if p <= MUCH_PADDING]
+  return [f"about {100 * p:.2f} % with {what}" for p, what in enough[:2] or sorted(better)[:1]]
 
 
 def _padding(lengths: np.ndarray, config: DataConfig, spec: BatchSpec) -> float:

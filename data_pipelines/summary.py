@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from data_pipelines.sizes import Fitted
+from data_pipelines.config import DataConfig
+from data_pipelines.sizes import Fitted, remedies
 from data_pipelines.sources.base import SampleInfo, Source
 from sora_jax.packing.geometry import num_tokens
 from sora_jax.packing.pack import share_text
@@ -36,6 +37,7 @@ class Report:
   captions_cut: int
   packing: dict[str, dict[str, float]]  # per method, see RowPlan.stats
   method: str
+  remedies: list[str]  # of much padding
   max_tokens: int
   parts: dict[str, dict[str, float]]  # by source of a mixture
   stages: list[dict[str, float]]  # of the run: from which step, caps, share of tokens dropped
@@ -82,6 +84,7 @@ class Report:
         f"{s['samples_per_row']:.1f} samples a row, dearest row of a step "
         f"{s['dearest_over_mean_of_step']:.2f}x the mean{mark}"
       )
+    lines += [f"padding     {remedy}" for remedy in self.remedies]
     return "\n".join(lines)
 
 
@@ -89,6 +92,7 @@ def describe(
   source: Source,
   fitted: Fitted,
   plan: RowPlan,
+  config: DataConfig,
   spec: BatchSpec,
   count_text: Callable[[SampleInfo], int],
   *,
@@ -110,6 +114,7 @@ def describe(
     lost = [c - k for c, k in zip(texts, share_text(texts, spec.text_tokens))]
     cut_tokens, cut_captions = cut_tokens + sum(lost), cut_captions + sum(n > 0 for n in lost)
   full, kept = _tokens(fitted, plan)
+  packing = plan.stats()
   lengths = plan.lengths
   sizes, fits = collections.Counter(), collections.Counter()
   for (_, height, width, _), c in kinds:
@@ -133,8 +138,9 @@ def describe(
     text_tokens=round(sum(text_lengths.values()) * times),
     text_tokens_cut=cut_tokens,
     captions_cut=cut_captions,
-    packing=plan.stats(),
+    packing=packing,
     method=plan.method,
+    remedies=remedies(fitted, config, spec, packing[plan.method]["padding"]),
     max_tokens=fitted.max_tokens,
     parts=_parts(parts, fitted, plan),
     stages=[

@@ -19,8 +19,9 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
 
-from data_pipelines import color, frame_filters, image_io
+from data_pipelines import color, frame_filters, image_io, sparse_frames
 from data_pipelines.parts import Media, Part, UnreadableError
+from data_pipelines.sparse_frames import SAME_TIME, UnsureError
 
 # Playlists and other formats that name further files or addresses are refused: a data file reads only itself.
 _OPEN_OPTIONS = {
@@ -29,7 +30,6 @@ _OPEN_OPTIONS = {
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,ogg,gif,asf,h264,hevc,m4v,ivf,obu,mxf,nut,dv,rm"
   ),
 }
-_SAME_TIME = 1e-4  # seconds; time stamps of some containers are rounded
 _HD_HEIGHT = 720  # untagged video of this height or more is BT.709, as players assume
 
 
@@ -92,11 +92,18 @@ def read_clip(
   wanted = start_s + np.arange(num_frames) / (fps or 1.0)
   out = np.empty((num_frames, height, width, 3), np.uint8)
   reformatter = VideoReformatter()
+  try:
+    with _open_video(path) as (container, stream):
+      for places, frame in _sparse(container, stream, wanted):
+        out[places] = _to_rgb(frame, height, width, reformatter)
+    return out
+  except UnsureError:
+    pass
   done, held, held_time, error = 0, None, 0.0, ""
   with _open_video(path) as (container, stream):
     frames = _frames_from(container, stream, start_s)
     for time, frame in frames:
-      until = np.searchsorted(wanted, time - _SAME_TIME) if held is not None else 0
+      until = np.searchsorted(wanted, time - SAME_TIME) if held is not None else 0
       if until > done:  # the frame held so far is on display for these times
         out[done:until] = _to_rgb(held, height, width, reformatter)
         done = int(until)
@@ -106,7 +113,7 @@ def read_clip(
     if done < num_frames and held is not None:
       error = frames.error
       lasts = max(float((held.duration or 0) * held.time_base), 1.0 / float(stream.average_rate or 1e9))
-      if wanted[-1] < held_time + lasts + _SAME_TIME or num_frames == 1:
+      if wanted[-1] < held_time + lasts + SAME_TIME or num_frames == 1:
         out[done:] = _to_rgb(held, height, width, reformatter)
         done = num_frames
   if done < num_frames:  # never filled up with repeats
@@ -165,6 +172,20 @@ class _Chained:
     return self._frames.error
 
 
+def _sparse(container, stream, wanted: np.ndarray) -> Iterator[tuple[slice, av.VideoFrame]]:
+  """Frames at these times, of a file that is plain and in which a seek does not land late."""
+  if wanted[0] < 1.0:
+    return sparse_frames.frames_at(container, stream, wanted, origin=None)
+  frames = _Frames(container, stream)
+  if stream.codec_context.name not in sparse_frames.CODECS or next(iter(frames), None) is None:
+    raise UnsureError("no first frame")
+  try:
+    container.seek(int((frames.origin + wanted[0]) / stream.time_base), stream=stream, backward=True)
+  except av.FFmpegError as e:
+    raise UnsureError(str(e)) from e
+  return sparse_frames.frames_at(container, stream, wanted, origin=frames.origin)
+
+
 def _frames_from(container, stream, start_s: float) -> _Frames | _Chained:
   """Frames from the last one at or before `start_s`, or from earlier on; linear where a seek lands late."""
   frames = _Frames(container, stream)
@@ -182,7 +203,7 @@ def _frames_from(container, stream, start_s: float) -> _Frames | _Chained:
     later = _Frames(container, stream, frames.origin)
     rest = iter(later)
     first = next(rest, None)
-    if first is not None and first[0] <= start_s + _SAME_TIME:
+    if first is not None and first[0] <= start_s + SAME_TIME:
       return _Chained(first, rest, later)
   start = stream.start_time if stream.start_time is not None else 0
   container.seek(min(0, start), stream=stream, backward=True)

@@ -202,14 +202,17 @@ def measure_attention() -> dict[str, object]:
 
 def measure_packing() -> dict[str, object]:
   rows, row_tokens = _ROWS.value or 4, _TOKENS.value or 1024
-  lengths = benchmark_packing.lengths_of()
-  made = benchmark_packing.programs(DiTConfig(size="XS"), rows=rows, row_tokens=row_tokens, lengths=lengths)
+  is_sized = any(flags.FLAGS[name].present for name in ("width", "depth", "heads"))
+  sizes = {"width": _WIDTH.value, "depth": _DEPTH.value, "heads": _HEADS.value} if is_sized else {}
+  model, lengths = DiTConfig(size="XS", **sizes), benchmark_packing.lengths_of()
+  made = benchmark_packing.programs(model, rows=rows, row_tokens=row_tokens, lengths=lengths)
   timings = take_turns({str(n): p.run for n, p in enumerate(made)}, _REPEATS.value)
   medians = [
     {key: statistics.median(t[key] for t in turns) for key in turns[0]} for turns in timings.values()
   ]
   return {
-    "model": "XS",
+    "width": model.width,
+    "depth": model.depth,
     "tokens_of_a_step": rows * row_tokens,
     "samples": len(lengths),
     "tokens_of_samples": [int(lengths.min()), float(np.median(lengths)), int(lengths.max())],

@@ -18,6 +18,7 @@ from sora_jax.packing.plan import plan_window
 MIX, SCALE = "NaViT-like images at 8k", 8  # rows and samples of an eighth: a CPU is slow
 CHANNELS, CAPTION = 64, 16
 SAMPLES = 4096
+MOST = 24  # samples of a row: text has room for as many captions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ def packed_rows(lengths: np.ndarray, row_tokens: int, method: str, width: int) -
   planned = plan_window(
     lengths,
     row_tokens=row_tokens,
-    max_samples=MIXES[MIX].max_samples,
+    max_samples=MOST,
     method=method,
     cost=(24.0 * width, 4.0),
   )

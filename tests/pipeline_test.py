@@ -3,11 +3,13 @@ import dataclasses
 import itertools
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
 
-from data_pipelines import report
+from data_pipelines import report as report_main
+from data_pipelines import sizes
 from data_pipelines.loader import ClipCache, Planned, total_frames
 from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec, build_source, split_ids
 from data_pipelines.sources.base import UnreadableError
@@ -58,7 +60,8 @@ def test_batches_have_the_shapes_of_the_spec_and_pixels_in_range():
   pipeline = make()
   batch = take(pipeline, 1)[0]
   for name, zeros in vars(pipeline.spec.zeros()).items():
-    assert getattr(batch, name).shape == zeros.shape and getattr(batch, name).dtype == zeros.dtype, name
+    if zeros is not None:  # embeddings, of text that is ids
+      assert getattr(batch, name).shape == zeros.shape and getattr(batch, name).dtype == zeros.dtype, name
   real = batch.tokens_BLC[batch.segment_BL > 0]
   assert -1 <= real.min() < real.max() <= 1
   assert not batch.tokens_BLC[batch.segment_BL == 0].any()
@@ -211,6 +214,20 @@ def test_the_memory_keeps_to_its_budget():
   assert not cache.has_room(7)  # a sixteenth at most
 
 
+def test_a_report_says_what_would_pad_less():
+  wasteful = {"row_tokens": 80, "max_tokens": 80}
+  report = make(**wasteful).report()
+  padding = report.packing["best_fit"]["padding"]
+  assert padding > sizes.MUCH_PADDING and f"padding     {report.remedies[0]}" in str(report)
+  for told in report.remedies:
+    promised = float(re.match(r"about ([\d.]+) %", told)[1]) / 100
+    keys = re.findall(r"data\.(\w+)=([\d.]+)", told)
+    changes = {key: float(value) if "." in value else int(value) for key, value in keys}
+    better = make(**wasteful | changes).report()
+    assert better.packing["best_fit"]["padding"] == pytest.approx(promised, abs=1e-3) and promised < padding
+  assert report.remedies and not make(max_tokens=96).report().remedies  # 1.3 %
+
+
 def test_max_padding_lowers_the_budget_of_a_sample():
   wasteful, frugal = make(max_tokens=96), make(max_tokens=96, max_padding=0.03)
   assert frugal.max_tokens <= wasteful.max_tokens == 96
@@ -254,7 +271,7 @@ def test_the_model_must_take_the_patches():
 def test_report_of_a_folder(clips, capsys):
   (clips / "3.mp4").write_bytes(b"")
   arguments = ["--max_frames=4", "--row_tokens=200", "--max_tokens=96", "--patch=2,8,8"]
-  assert report.main([f"--source={clips}", *arguments]) == 0
+  assert report_main.main([f"--source={clips}", *arguments]) == 0
   text = capsys.readouterr().out
   for part in (
     "3 samples: 3 videos, 0 images",
@@ -265,8 +282,8 @@ def test_report_of_a_folder(clips, capsys):
     "greedy",
   ):
     assert part in text
-  assert report.main([f"--source={clips}", *arguments, "--json"]) == 0
+  assert report_main.main([f"--source={clips}", *arguments, "--json"]) == 0
   figures = json.loads(capsys.readouterr().out)
   assert figures["tokens"] == 3 * 96 and figures["packing"]["best_fit"]["rows"] == 2
-  assert report.main([f"--source={clips / 'gone'}"]) == 2
+  assert report_main.main([f"--source={clips / 'gone'}"]) == 2
   assert "error: data.source=" in capsys.readouterr().err
