@@ -20,6 +20,7 @@ from typing import TextIO
 from absl import flags
 
 from sora_jax.ladder import measure
+from sora_jax.ladder.calibrate import TIMES
 from sora_jax.ladder.plan import cpu_seconds, say
 from sora_jax.parallel import exits
 from sora_jax.scaling import ladder, table
@@ -27,7 +28,7 @@ from sora_jax.scaling.ladder import Plan, Run
 from sora_jax.trained import CONFIG, TOKENIZER
 
 FLAGS = flags.FLAGS
-RESULTS, LOG, TIMES, COMPILED = "results.csv", "log.txt", "times.jsonl", "compiled"
+RESULTS, LOG, COMPILED = "results.csv", "log.txt", "compiled"
 IN_USE = -1000  # no exit code: another process holds the run
 PLACES = ("name", "config", "workdir", "flags")
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +68,7 @@ def main() -> int:
     raise ValueError("--plan is missing: the plan.json that `plan` wrote")
   plan, todo = places(FLAGS.plan, FLAGS.runs_dir)
   for place in todo:
-    changed(plan, place)
+    changed(place)
   if FLAGS.launcher:
     return launch(plan, todo)
   began, helpers = time.monotonic(), _helpers(FLAGS.workers - 1)
@@ -184,7 +185,7 @@ def _reason(log: Path) -> str:
   return f" ({lines[-1].removeprefix('error: ')})" if lines else ""
 
 
-def changed(plan: Plan, place: Place) -> None:
+def changed(place: Place) -> None:
   """A run that was started under other settings than the plan has now would be taken for what it is not."""
   path = place.workdir / CONFIG
   if not path.is_file():
