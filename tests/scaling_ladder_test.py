@@ -23,7 +23,7 @@ from sora_jax.conditioning import tokenizer as tokenizer_lib
 from sora_jax.conditioning.text import TextConfig
 from sora_jax.diffusion.objectives import ObjectiveConfig
 from sora_jax.generate import Request
-from sora_jax.ladder import compare, cost, features, probe
+from sora_jax.ladder import calibrate, compare, cost, features, probe
 from sora_jax.ladder import run as run_command
 from sora_jax.models.dit import DiTConfig
 from sora_jax.nn import layers
@@ -332,3 +332,34 @@ def test_chosen_runs(tmp_path):
   }  # fmt: skip
   path, count = run_command.gather(todo)
   assert count == 5 and "accuracy_mean" in path.read_text().splitlines()[0]
+
+
+def finished(folder: Path, *, params: int, compute: float, seconds: list[float]) -> None:
+  folder.mkdir(parents=True)
+  (folder / "measure.json").write_text(json.dumps({"params": params, "compute": compute}))
+  lines = [json.dumps({"what": "train", "seconds": s, "cpu_s": 1, "code": 0}) for s in seconds]
+  (folder / calibrate.TIMES).write_text("\n".join(lines))
+
+
+def test_speed_of_finished_runs(tmp_path):
+  for params, rate in ((10, 2.0), (30, 5.0)):
+    for compute in (100.0, 400.0):
+      took = 40 + compute / rate
+      finished(tmp_path / f"{params}_{compute}", params=params, compute=compute, seconds=[took - 15, 15])
+  finished(tmp_path / "alone", params=99, compute=1.0, seconds=[7])
+  sizes, rates, overhead = calibrate.from_runs(tmp_path)
+  assert sizes == (10, 30) and overhead == pytest.approx(40)
+  np.testing.assert_allclose(rates, (2, 5))
+  with pytest.raises(ValueError, match="no size has 2 finished runs"):
+    calibrate.from_runs(tmp_path / "alone")
+
+
+def test_a_changed_plan_is_no_finished_run(tmp_path):
+  run = a_run(overrides={"optimizer.lr": 0.01, "model.width": 8})
+  place = run_command.Place(run, tmp_path)
+  run_command.changed(place)  # not started yet
+  (tmp_path / "config.json").write_text(json.dumps({"optimizer": {"lr": 0.01}, "model": {"width": 8}}))
+  run_command.changed(place)
+  (tmp_path / "config.json").write_text(json.dumps({"optimizer": {"lr": 0.02}, "model": {"width": 8}}))
+  with pytest.raises(ValueError, match="trained with optimizer.lr = 0.02, the plan says 0.01: rename"):
+    run_command.changed(place)

@@ -15,7 +15,7 @@ from absl import flags
 
 from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec, build_source
 from sora_jax import train
-from sora_jax.ladder import cost
+from sora_jax.ladder import calibrate, cost
 from sora_jax.ladder.cost import Costs
 from sora_jax.parallel import multihost
 from sora_jax.parallel.mesh import MeshConfig, batch_sharding, make_mesh
@@ -96,7 +96,8 @@ def define_flags() -> None:
   flags.DEFINE_string("lrs", None, "plan --kind=sweep: values of optimizer.lr.")
   flags.DEFINE_float("flops_per_s", None, "plan: model FLOP/s of the hardware. Default: measured here.")
   flags.DEFINE_float("overhead_s", None, "plan: seconds of a run besides its steps. Default: measured here.")
-  flags.DEFINE_string("hardware", None, "plan: what --flops_per_s was measured on.")
+  flags.DEFINE_string("calibrate", None, "plan: folder of finished runs; expects the speed that they had.")
+  flags.DEFINE_string("hardware", None, "plan: what --flops_per_s or --calibrate was measured on.")
 
 
 def main() -> int:
@@ -205,8 +206,10 @@ def _budgets() -> list[float]:
 
 
 def _speed(costing: Costing, found: dict) -> Speed:
-  """As told, or measured on the smallest, the middle and the largest model."""
+  """As told, as finished runs had it, or measured on the smallest, the middle and the largest model."""
   device = jax.devices()[0]
+  if FLAGS.calibrate:
+    return Speed(FLAGS.hardware or f"what {FLAGS.calibrate} ran on", *calibrate.from_runs(FLAGS.calibrate))
   if FLAGS.flops_per_s:
     return Speed(
       FLAGS.hardware or "hardware not named", (1.0,), (FLAGS.flops_per_s,), FLAGS.overhead_s or 0.0

@@ -20,6 +20,7 @@ from typing import TextIO
 from absl import flags
 
 from sora_jax.ladder import measure
+from sora_jax.ladder.calibrate import TIMES
 from sora_jax.ladder.plan import cpu_seconds, say
 from sora_jax.parallel import exits
 from sora_jax.scaling import ladder, table
@@ -27,7 +28,7 @@ from sora_jax.scaling.ladder import Plan, Run
 from sora_jax.trained import CONFIG, TOKENIZER
 
 FLAGS = flags.FLAGS
-RESULTS, LOG, TIMES, COMPILED = "results.csv", "log.txt", "times.jsonl", "compiled"
+RESULTS, LOG, COMPILED = "results.csv", "log.txt", "compiled"
 IN_USE = -1000  # no exit code: another process holds the run
 PLACES = ("name", "config", "workdir", "flags")
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,6 +41,7 @@ def define_flags() -> None:
     "launcher", None, "run: a command with {name}, {config}, {workdir}, {flags}: one job a run."
   )
   flags.DEFINE_integer("workers", 1, "run: how many runs at once on this machine.", lower_bound=1)
+  flags.DEFINE_bool("helper", False, "run: set by --workers: says nothing of runs that it leaves alone.")
   flags.DEFINE_bool("submit", False, "run --launcher: start the jobs, not only print them.")
 
 
@@ -67,14 +69,15 @@ def main() -> int:
     raise ValueError("--plan is missing: the plan.json that `plan` wrote")
   plan, todo = places(FLAGS.plan, FLAGS.runs_dir)
   for place in todo:
-    changed(plan, place)
+    changed(place)
   if FLAGS.launcher:
     return launch(plan, todo)
   began, helpers = time.monotonic(), _helpers(FLAGS.workers - 1)
   failed = {}
   for number, place in enumerate(todo, 1):
     if place.measured():
-      say(f"[{number}/{len(todo)}] {place.run.name}: done before")
+      if not FLAGS.helper:
+        say(f"[{number}/{len(todo)}] {place.run.name}: done before")
       continue
     told = f"{place.run.steps:,} steps, about {place.run.seconds:.0f} s"
     code = work(plan, place, f"[{number}/{len(todo)}] {place.run.name}: {told}")
@@ -85,7 +88,8 @@ def main() -> int:
       say(f"stopped in {place.run.name}; the same command goes on there")
       return exits.PREEMPTED
     if code == IN_USE:
-      say(f"[{number}/{len(todo)}] {place.run.name}: another process is at it")
+      if not (FLAGS.helper or helpers):
+        say(f"[{number}/{len(todo)}] {place.run.name}: another process is at it")
     elif code:
       failed[place.run.name] = f"exit code {code}{_reason(place.workdir / LOG)}"
       say(f"{place.run.name}: {failed[place.run.name]}; see {place.workdir / LOG}")
@@ -94,6 +98,8 @@ def main() -> int:
   if stopped or exits.PREEMPTED in codes:
     return exits.PREEMPTED
   path, count = gather(todo)
+  if FLAGS.helper:
+    return 0
   say(f"{count} of {len(todo)} runs in {(time.monotonic() - began) / 60:.1f} min, {cpu_seconds():.0f} CPU s")
   print(path)
   if failed:
@@ -173,7 +179,7 @@ def _waited(processes: list[subprocess.Popen]) -> tuple[list[int], bool]:
 
 def _helpers(num: int) -> list[subprocess.Popen]:
   """Processes that give the same command: each takes the next run that nobody is at."""
-  command = [sys.executable, "-m", "sora_jax.scaling_laws", "run", *sys.argv[1:], "--workers=1"]
+  command = [sys.executable, "-m", "sora_jax.scaling_laws", "run", *sys.argv[1:], "--workers=1", "--helper"]
   quiet = {"stdout": subprocess.DEVNULL, "start_new_session": True}
   return [subprocess.Popen(command, **quiet) for _ in range(num)]
 
@@ -184,7 +190,7 @@ def _reason(log: Path) -> str:
   return f" ({lines[-1].removeprefix('error: ')})" if lines else ""
 
 
-def changed(plan: Plan, place: Place) -> None:
+def changed(place: Place) -> None:
   """A run that was started under other settings than the plan has now would be taken for what it is not."""
   path = place.workdir / CONFIG
   if not path.is_file():

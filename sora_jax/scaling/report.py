@@ -145,6 +145,7 @@ def summary(law: str, table: Table, fitted: Fit | Result | HyperFit, *, num: int
   }
   if isinstance(fitted, Fit):
     result["rms_residual"] = float(np.sqrt(np.mean(fitted.residuals() ** 2)))
+  if not isinstance(fitted, HyperFit):
     result["comparison"] = compare(table)
   if law == "chinchilla":
     result["huber_sum"], result["huber_delta"] = fitted.cost, fitted.law.delta

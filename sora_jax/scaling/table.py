@@ -138,5 +138,7 @@ def _number(path: str | Path, number: int, column: str, line: list[str], place: 
   except ValueError:
     raise ValueError(f"{where}: {cell!r} is not a number") from None
   if not (math.isfinite(value) and value > 0):
-    raise ValueError(f"{where}: {cell} is not a positive, finite number")
+    raise ValueError(
+      f"{where}: {cell} is not a positive, finite number; leave the row out where its run diverged"
+    )
   return value
