@@ -305,22 +305,24 @@ decide() {
   done <<<"$rest"
 }
 
-# Runs a command as a child that is told of SIGTERM and SIGINT. CODE: how it ended; TOLD: signals so far.
+# Runs a command as a child that is told of SIGTERM (for SIGINT too) and SIGUSR1. CODE: how it ended; TOLD: how often
+# it was told to end.
 run_child() {
   local before again
-  CODE="" TOLD=0 CHILD=""
+  CODE="" TOLD=0 ASKED=0 CHILD=""
   # Before there is a child: a signal in between would end this script alone and leave the child behind.
   trap 'TOLD=$((TOLD + 1)); [[ -z "$CHILD" ]] || kill -TERM "$CHILD" 2>/dev/null || true' TERM INT
+  trap 'ASKED=$((ASKED + 1)); [[ -z "$CHILD" ]] || kill -USR1 "$CHILD" 2>/dev/null || true' USR1
   "$@" &
   CHILD=$!
   ((TOLD == 0)) || kill -TERM "$CHILD" 2>/dev/null || true
   while :; do
-    before=$TOLD again=0
+    before=$((TOLD + ASKED)) again=0
     wait "$CHILD" 2>/dev/null || again=$?
     # 127: known already, as the signal came after its end.
     if [[ -z "$CODE" ]] || ((again != 127)); then CODE=$again; fi
     # A signal ends wait with 143, also where the child has ended meanwhile: only asking again tells how.
-    ((TOLD != before)) || return 0
+    ((TOLD + ASKED != before)) || return 0
   done
 }
 

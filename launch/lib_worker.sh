@@ -4,6 +4,7 @@
 #   start RUN_ID N         starts attempt N apart from the shell that asked, so that it survives its end
 #   status RUN_ID          one line: attempt, state (none, running, ended), exit code, when it ended
 #   stop RUN_ID            SIGTERM, so that it saves; SIGKILL after STOP_S seconds
+#   trace RUN_ID           asks the trainer for a profiler trace of the next steps
 #   follow RUN_ID N OFFSET what was added to the log since
 #   last RUN_ID HOST LINES the end of the log, on HOST alone
 #   pack RUN_ID            all logs, as a base64 tar between two marks
@@ -249,6 +250,14 @@ do_stop() {
   fi
 }
 
+do_trace() {
+  load_run "$1"
+  local folder
+  folder="$(attempt_folder "$(newest_attempt)")"
+  is_alive "$folder" || problem "run $1 does not run here"
+  kill -USR1 "$(cat -- "$folder/pid")"
+}
+
 do_follow() { # RUN_ID N OFFSET; at most 64 KiB at a time
   load_run "$1"
   local log size from="$3"
@@ -302,6 +311,6 @@ do_pod() {
 command="${1:-}"
 shift || true
 case "$command" in
-  setup | install | start | supervise | status | stop | follow | last | pack | task | pod) "do_$command" "$@" ;;
+  setup | install | start | supervise | status | stop | trace | follow | last | pack | task | pod) "do_$command" "$@" ;;
   *) problem "unknown command '$command' of lib_worker.sh" ;;
 esac

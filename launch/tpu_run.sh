@@ -13,6 +13,7 @@
 # --create_flag=F, --ssh_flag=F   further flags for gcloud, as --ssh_flag=--tunnel-through-iap; may be repeated
 # --allow_dirty            send changed files that are not committed
 # --logs_dir=DIR           where logs are collected (default: runs/ID/logs)
+# --trace                  ask the running trainers for a profiler trace of their next steps, and stop there
 # --teardown               delete the machines and stop there;  --teardown_at_end  delete them when the run has ended
 # --dry_run                print every command of a run without faults, run nothing
 # The same command attaches again, and resumes what was stopped. Exit code: that of the run.
@@ -25,7 +26,7 @@ source "$HERE/lib_common.sh"
 source "$HERE/lib_tpu.sh"
 
 NAME="" ZONE="" PROJECT="" TOPOLOGY="" ACCELERATOR="" CONFIG="" WORKDIR="" RUN_ID="" RUNTIME="" LOGS_DIR=""
-CAPACITY="" QUEUED="" NUM_SLICES=1 MAX_RESTARTS=50 ALLOW_DIRTY="" TEARDOWN="" TEARDOWN_AT_END=""
+CAPACITY="" QUEUED="" NUM_SLICES=1 MAX_RESTARTS=50 ALLOW_DIRTY="" TEARDOWN="" TEARDOWN_AT_END="" TRACE=""
 EXISTS=""
 CREATE_FLAGS=() SSH_FLAGS=() SCP_FLAGS=() TRAIN_FLAGS=()
 GRACE_S="${SORA_JAX_GRACE_S:-120}"
@@ -51,6 +52,7 @@ own_option() { # option
     --logs_dir=*) LOGS_DIR="${1#*=}" ;;
     --on_demand | --spot | --reserved) set_capacity "${1#--}" ;;
     --queued) QUEUED=1 ;;
+    --trace) TRACE=1 ;;
     --teardown) TEARDOWN=1 ;;
     --teardown_at_end) TEARDOWN_AT_END=1 ;;
     *) return 1 ;;
@@ -66,7 +68,7 @@ check() {
   ((NUM_SLICES == 1)) || QUEUED=1
   CAPACITY="${CAPACITY:-on_demand}"
   LOGS_DIR="${LOGS_DIR:-$CODE_ROOT/runs/$RUN_ID/logs}"
-  [[ -z "$TEARDOWN" ]] || return 0
+  [[ -z "$TEARDOWN$TRACE" ]] || return 0
 
   check_form --max_restarts "$MAX_RESTARTS" '[0-9]{1,5}' "a whole number"
   if [[ -n "$TOPOLOGY" ]]; then
@@ -306,6 +308,14 @@ check
 make_scratch
 if [[ -n "$TEARDOWN" ]]; then
   remove
+  exit
+fi
+if [[ -n "$TRACE" ]]; then
+  if ! ssh_all "$(worker "trace $RUN_ID")"; then
+    show_output
+    fail "not all workers of $RUN_ID could be asked (above)"
+  fi
+  say "asked; the traces go to profile/ in the workdir of the run"
   exit
 fi
 exec 3>&2

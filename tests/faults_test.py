@@ -13,6 +13,7 @@ import pytest
 
 from tests.cluster_runs import (
   ROOT,
+  TIMEOUT_S,
   checkpoints,
   codes,
   events,
@@ -267,6 +268,16 @@ def test_a_read_only_disk_is_one_line(small_disk):
   assert done.returncode == 2 and "Traceback" not in done.stderr
   assert done.stderr.splitlines()[-1].startswith("error: ") and "Read-only file system" in done.stderr
   note("read-only disk", processes=1, code=done.returncode)
+
+
+def test_a_host_that_never_starts(tmp_path):
+  """The one that waits for it ends in bounded time, with a code that asks for a restart."""
+  address = {"COORDINATOR_ADDRESS": "localhost:1", "NUM_PROCESSES": "2", "PROCESS_ID": "1"}
+  env = os.environ | address | {"SORA_JAX_JOIN_S": "3", "JAX_PLATFORMS": "cpu"}
+  command = [sys.executable, "-m", "tests.fault_worker", f"--workdir={tmp_path}"]
+  done = subprocess.run(command, env=env, capture_output=True, cwd=ROOT, timeout=TIMEOUT_S)
+  assert done.returncode == -signal.SIGABRT  # 134 to a shell
+  note("a host never starts (SORA_JAX_JOIN_S)", processes=2, code=134, steps_redone=0)
 
 
 def test_hosts_that_differ_are_named(tmp_path):

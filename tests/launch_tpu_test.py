@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from tests.stand_ins.sandbox import BASE, PATIENCE_S, commands, git, make_repository, make_sandbox
+from tests.stand_ins.sandbox import BASE, PATIENCE_S, PLACE, commands, git, make_repository, make_sandbox
 
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="no git: the code is sent at its commit")
 
@@ -256,6 +256,24 @@ def test_detach_and_attach_again(box):
   second.communicate(timeout=PATIENCE_S)
   assert second.returncode == 0
   assert len(box.calls("train")) == 2  # 42, so attempt 2
+
+
+def test_a_trace_is_asked_of_all_workers(box):
+  """And the run goes on as before."""
+  done = box.run("tpu_run.sh", *PLACE, "--trace")
+  assert done.returncode == 2 and "could not be asked" in done.stderr
+  box.set(workers=2, ends={"*": ["wait", 0]})
+  running = box.start("tpu_run.sh", *BASE)
+  box.wait_for_trainers(running, 2)
+  done = box.run("tpu_run.sh", *PLACE, "--trace")
+  assert done.returncode == 0 and "profile/ in the workdir" in done.stderr, done.stderr
+  box.wait_for(running, lambda: len(box.calls("traced")) == 2)
+  assert {call["host"] for call in box.calls("traced")} == {"pod-w-0", "pod-w-1"}
+  assert len(box.calls("train")) == 2
+  for pid in box.state.glob("homes/*/sora_jax/pod/attempt_0001/pid"):
+    subprocess.run(["kill", "-TERM", pid.read_text().strip()], check=True)
+  running.communicate(timeout=PATIENCE_S)
+  assert running.returncode == 0 and len(box.calls("train")) == 4  # 42, so attempt 2
 
 
 def test_a_worker_killed_with_its_supervisor_is_noticed(box):

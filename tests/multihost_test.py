@@ -114,7 +114,7 @@ MESHES = {
 def test_four_processes_compute_what_one_device_does(tmp_path):
   """Two devices each, fsdp, context, tensor and mixtures: losses to 1e-5 of one device."""
   settings = {"task": "dit", "steps": 5, "slow_s": 0, "meshes": MESHES, "train": {"save_every": 0}}
-  code, console = finish(local_run(tmp_path, settings, processes=4))
+  code, console = finish(local_run(tmp_path, settings, processes=4, SORA_JAX_HEARTBEAT_S=120))
   assert code == 0 and codes(console) == [0] * 4, console[-3000:]
   fit(
     tiny_dit.task(),
@@ -140,7 +140,7 @@ def test_slurm_names_the_cluster(tmp_path):
   """Two processes that find each other by what srun sets."""
   shared = os.environ | {
     "SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost",
-    "SLURM_STEP_NUM_NODES": "1", "JAX_PLATFORMS": "cpu",
+    "SLURM_STEP_NUM_NODES": "1", "JAX_PLATFORMS": "cpu", "SORA_JAX_HEARTBEAT_S": "120",
   }  # fmt: skip
   settings = json.dumps({"steps": 3, "slow_s": 0})
   command = [sys.executable, "-m", "tests.fault_worker", f"--workdir={tmp_path}", f"--settings={settings}"]
@@ -156,7 +156,8 @@ def test_slurm_names_the_cluster(tmp_path):
 def test_the_training_main_on_two_processes(tmp_path):
   """sora_jax.train itself: trains, evaluates and samples as one run; the same command says it is finished."""
   flags = ["--config=configs/quickstart.py:debug", "--config.data.rows=4"]
-  start = lambda: finish(local_run(tmp_path, processes=2, worker="-m sora_jax.train", flags=flags))  # noqa: E731
+  env = {"worker": "-m sora_jax.train", "flags": flags, "SORA_JAX_HEARTBEAT_S": 120}
+  start = lambda: finish(local_run(tmp_path, processes=2, **env))  # noqa: E731
   code, console = start()
   assert code == 0 and codes(console) == [0, 0], console[-3000:]
   assert console.count("4/4 loss") == 1 and "goodput" in console

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -212,7 +213,30 @@ def test_the_watchdog_ends_a_process_that_hangs(tmp_path):
   )
   assert done.returncode == 43, done.stderr
   log = (tmp_path / "logs" / "host_00000.log").read_text()
-  assert "no progress for 1 s in a step" in log and "in asleep" in log
+  assert re.search(r"no progress for \d+ s in a step", log) and "in asleep" in log
+
+
+STUCK = """
+import ctypes, sys, time
+from sora_jax.parallel import hostlog
+from sora_jax.training import watchdog
+watchdog.C_GRACE_S = 1
+hostlog.open_in(sys.argv[1], 0)
+dog = watchdog.Watchdog(2.0).start()
+time.sleep(1)
+def holding_the_lock():
+  ctypes.PyDLL(None).sleep(600)
+holding_the_lock()
+"""
+
+
+def test_the_watchdog_ends_a_process_whose_interpreter_is_stuck(tmp_path):
+  """A call into C that keeps the interpreter's lock stops the watchdog's own thread too."""
+  done = subprocess.run(
+    [sys.executable, "-c", STUCK, str(tmp_path)], cwd=ROOT, capture_output=True, timeout=300
+  )
+  assert done.returncode == -signal.SIGALRM, done.stderr  # 142 to a shell
+  assert "in holding_the_lock" in (tmp_path / "logs" / "host_00000.log").read_text()
 
 
 def test_goodput_adds_up_over_starts(tmp_path, capsys):

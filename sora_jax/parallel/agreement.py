@@ -10,9 +10,15 @@ from pathlib import Path
 
 import jax
 
-from sora_jax.parallel import cluster
+from sora_jax.parallel import cluster, exits
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+PACKAGES = (
+  "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "av",
+)  # fmt: skip
+COMPILER = (
+  "XLA_FLAGS",
+  "LIBTPU_INIT_ARGS",
+)  # with other flags hosts may wait for each other for ever
 ROOT = Path(__file__).resolve().parent.parent.parent
 SOURCES = ("sora_jax", "data_pipelines", "configs")
 WAIT_S = 300  # for the slowest host to start
@@ -30,6 +36,7 @@ def facts(config: dict, extra: dict | None = None) -> dict[str, object]:
     **versions,
     "commit": os.environ.get("SORA_JAX_COMMIT", ""),
     "code": source_hash(),
+    **{name: os.environ.get(name, "") for name in COMPILER},
     **{f"config.{key}": value for key, value in config.items()},
     **(extra or {}),
   }
@@ -95,4 +102,5 @@ def _wait(client, key: str, otherwise: str) -> str:
   try:
     return client.blocking_key_value_get(key, WAIT_S * 1000)
   except jax.errors.JaxRuntimeError as error:
-    raise DisagreementError(f"{otherwise} within {WAIT_S} s ({str(error).splitlines()[0][:100]})") from None
+    text = f"{otherwise} within {WAIT_S} s ({str(error).splitlines()[0][:100]})"
+    raise exits.PeerLostError(text) from None

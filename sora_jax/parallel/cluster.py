@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 from jax._src import distributed  # the key-value store has no public name
 
+JOIN_S = 300  # where not all have started by then, the runtime aborts
 HEARTBEAT_S = 30  # a dead peer is noticed after it; the default of JAX, 100 s, holds the others for as long
 LEAVE_S = 60
 PORT = 8476  # where a JobSet names the coordinator, but no port
@@ -117,7 +118,11 @@ def join(cluster: Cluster | None) -> None:
     return
   if os.environ.get("JAX_PLATFORMS") == "cpu":
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-  times = {"heartbeat_timeout_seconds": heartbeat_s(), "shutdown_timeout_seconds": LEAVE_S}
+  times = {
+    "heartbeat_timeout_seconds": heartbeat_s(),
+    "shutdown_timeout_seconds": LEAVE_S,
+    "initialization_timeout": seconds("SORA_JAX_JOIN_S", JOIN_S),
+  }
   try:
     if cluster.address:
       jax.distributed.initialize(cluster.address, cluster.num_processes, cluster.process_id, **times)
@@ -129,10 +134,14 @@ def join(cluster: Cluster | None) -> None:
 
 
 def heartbeat_s() -> int:
-  """SORA_JAX_HEARTBEAT_S, or 30."""
-  text = os.environ.get("SORA_JAX_HEARTBEAT_S", str(HEARTBEAT_S))
+  return seconds("SORA_JAX_HEARTBEAT_S", HEARTBEAT_S)
+
+
+def seconds(name: str, otherwise: int) -> int:
+  """A time that the environment may set."""
+  text = os.environ.get(name, str(otherwise))
   if not text.isdigit() or int(text) < 2:
-    raise ValueError(f"SORA_JAX_HEARTBEAT_S={text!r} must be a number of seconds >= 2")
+    raise ValueError(f"{name}={text!r} must be a number of seconds >= 2")
   return int(text)
 
 

@@ -30,6 +30,7 @@ def train(argv: list[str]) -> int:
   end = ends[min(before, len(ends) - 1)]
   if end == "wait":
     signal.signal(signal.SIGTERM, lambda *_: os._exit(42))
+    signal.signal(signal.SIGUSR1, lambda *_: record("traced", [], host=host))
   record("train", argv, host=host, env=env, resumed=resumed, code=Path.cwd().name)
   count(f"recorded_{host}")
   print(f"{host}: resumed from step {resumed}", flush=True)
