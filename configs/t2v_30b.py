@@ -32,7 +32,6 @@ def get_config(preset: str = "") -> ml_collections.ConfigDict:
   config.mesh.replica = -1  # one a slice
   config.mesh.fsdp = 64  # two dims of the torus
   config.mesh.context = 8  # the third
-  config.rehearse.ci = False  # minutes
   config.rehearse.topologies = ("v5p:8x8x8",)
   if preset == "two_slices":
     config.data.rows = 128

@@ -70,7 +70,7 @@ class TextEncoder(nnx.Module):
     return x, total / jnp.maximum(one_hot.sum(axis=1), 1)[..., None]
 
   def _run_blocks(self, x: Array, segment_BM: Array) -> Array:
-    """A loop over the blocks, stacked here, compiles in the time of one; of two it is not worth its copies."""
+    """Stacked here and run as a loop they compile in the time of one; for two it is not worth the copies."""
     if len(self.blocks) <= 2:
       for block in self.blocks:
         x = by_rows(block(x, segment_BM))
