@@ -4,7 +4,7 @@ python -m sora_jax.train --config=configs/t2v_30b.py --workdir=DIR --config.data
 python -m sora_jax.rehearse --config=configs/t2v_30b.py
 
 Hardware: v5p:8x8x8 (512 chips), or two such slices, each holding all parameters: then gradients alone cross
-the network between them. Not run on hardware; rehearsed: 59.8 of 95.7 GiB a chip, a step of 18.2 s at best
+the network between them. Not run on hardware; rehearsed: 60.0 of 95.7 GiB a chip, a step of 18.0 s at best
 (docs/results.md).
 
 Trains on pixels with the geometry of latents, as configs/t2v_700m.py says. Presets: "two_slices",
