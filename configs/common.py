@@ -176,7 +176,6 @@ def rehearse() -> ml_collections.ConfigDict:
   """sora_jax/rehearsal/run.py RehearseConfig: what sora_jax.rehearse compiles for; training ignores it."""
   c = ml_collections.ConfigDict()
   c.topologies = ()
-  c.ci = True
   c.mix = "480p"
   return c
 

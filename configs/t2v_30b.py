@@ -4,7 +4,7 @@ python -m sora_jax.train --config=configs/t2v_30b.py --workdir=DIR --config.data
 python -m sora_jax.rehearse --config=configs/t2v_30b.py
 
 Hardware: v5p:8x8x8 (512 chips), or two such slices, each holding all parameters: then gradients alone cross
-the network between them. Not run on hardware; rehearsed: 59.8 of 95.7 GiB a chip, a step of 18.2 s at best
+the network between them. Not run on hardware; rehearsed: 60.0 of 95.7 GiB a chip, a step of 18.0 s at best
 (docs/results.md).
 
 Trains on pixels with the geometry of latents, as configs/t2v_700m.py says. Presets: "two_slices",
@@ -32,7 +32,6 @@ def get_config(preset: str = "") -> ml_collections.ConfigDict:
   config.mesh.replica = -1  # one a slice
   config.mesh.fsdp = 64  # two dims of the torus
   config.mesh.context = 8  # the third
-  config.rehearse.ci = False  # minutes
   config.rehearse.topologies = ("v5p:8x8x8",)
   if preset == "two_slices":
     config.data.rows = 128

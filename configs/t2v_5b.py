@@ -26,6 +26,5 @@ def get_config(preset: str = "") -> ml_collections.ConfigDict:
   config.data.row_text_tokens = 2048
   config.optimizer.lr = 1e-4
   config.mesh.context = 4  # one dim of the torus
-  config.rehearse.ci = False  # a minute and a half
   config.rehearse.topologies = ("v5p:4x4x4",)
   return common.debug(config, preset, __file__)

@@ -1,6 +1,7 @@
 """Counted FLOPs of a training step: tiles without a live pair skipped, against a dense step with a mask.
 
-Nothing is run. Rows are packed by the planner that training uses, and tiles are those of the TPU kernels.
+Nothing is run. Rows are packed by the planner that training uses, and tiles are those of the TPU kernels, of
+which a border tile is computed from its first to its last live `keys_at_once` alone.
 Both sides do the same matrix products over all places of a row, padding included, and the same attention
 kernels, 9 products a tile (2 forward, 3 for dq, 4 for dk and dv); the dense side does them for every tile.
 """
@@ -11,7 +12,7 @@ import numpy as np
 
 from sora_jax.models.dit import DiTConfig, linear_flops
 from sora_jax.nn import attention_tpu
-from sora_jax.nn.attention_tiles import count_live
+from sora_jax.nn.attention_tiles import block_size, count_live, keys_at_once
 from sora_jax.packing.plan import RowPlan
 
 MODELS = {
@@ -84,13 +85,14 @@ def count(config: DiTConfig, rows: list[np.ndarray], row_tokens: int, blocks) ->
     channels=CHANNELS,
     text_dim=TEXT_DIM,
   )
-  live, tiles = count_live(segment, blocks.q, blocks.k)
-  block_text = min(blocks.k, text_tokens)
-  live_text, tiles_text = count_live(segment, blocks.q, blocks.k, text)
+  block = keys_at_once(blocks.k)
+  live, tiles = count_live(segment, blocks.q, block)
+  block_text = keys_at_once(block_size(text_tokens, blocks.k))
+  live_text, tiles_text = count_live(segment, blocks.q, block_text, text)
   product = 2.0 * config.width * config.depth * blocks.q
 
   def step(num, num_text, products):
-    return 3 * linear + products * product * (num * blocks.k + num_text * block_text)
+    return 3 * linear + products * product * (num * block + num_text * block_text)
 
   sides = {
     "skipping": step(live, live_text, PRODUCTS),

@@ -279,7 +279,7 @@ def _denoise(
 
 
 def _side_by_side(x, y):
-  """x0, y0, x1, y1, ...: both sides of a row stay on its device, as halves of a batch would not."""
+  """x0, y0, x1, y1, ...: both sides of a row stay on its device; one after the other they would move."""
   return jnp.stack([x, y], axis=1).reshape(-1, *x.shape[1:])
 
 

@@ -2,8 +2,8 @@
 
 Compiles the step that sora_jax.train would run on a TPU slice, or with --topology=h200:8x8 on 8 hosts of 8
 GPUs, without one, and says whether it fits, what it moves and what it may cost. --mode=sample: the sampler's
-program. Without --topology: those of the config. --all: every configs/t2v_*.py on all of its topologies;
---ci: those that compile fast. --check_golden, --write_golden: what must not change unseen, in
+program. Without --topology: those of the config. --all: every configs/t2v_*.py on all of its topologies,
+--jobs of them at a time. --check_golden, --write_golden: what must not change unseen, in
 tests/golden/rehearse. Exit code: 0 all fit, 1 one does not, or a lint or comparison fails.
 """
 
@@ -44,7 +44,6 @@ def define_flags() -> None:
   flags.DEFINE_string("json", "", "File for the figures: an object, or a list of several.")
   flags.DEFINE_string("hlo", "", "File for the text of the compiled module, of the last program.")
   flags.DEFINE_bool("all", False, "Every configs/t2v_*.py on the topologies it names.")
-  flags.DEFINE_bool("ci", False, "Those of --all that compile fast enough for continuous integration.")
   flags.DEFINE_integer("jobs", 0, "Programs compiled at a time; 0 = as many as cores.", lower_bound=0)
   flags.DEFINE_float("effort", FAST, "Effort of the compiler on speed, -1 (fastest to compile) to 1.")
   flags.DEFINE_bool("check_golden", False, "Fail where figures differ from tests/golden/rehearse.")
@@ -85,9 +84,9 @@ def main(argv: list[str]) -> int:
 
 
 def _configs() -> list[tuple[str, ml_collections.ConfigDict]]:
-  if not (FLAGS.all or FLAGS.ci):
+  if not FLAGS.all:
     if FLAGS.config is None:
-      raise ValueError("--config=FILE.py, --all or --ci is needed")
+      raise ValueError("--config=FILE.py or --all is needed")
     given = next((a.split("=", 1)[1] for a in sys.argv if a.startswith("--config=")), "config")
     return [(os.path.relpath(given) if given.startswith("/") else given, FLAGS.config)]
   found = []
@@ -97,9 +96,7 @@ def _configs() -> list[tuple[str, ml_collections.ConfigDict]]:
     spec.loader.exec_module(module)
     for preset in getattr(module, "PODS", ("",)):
       name = f"configs/{path.name}" + (f":{preset}" if preset else "")
-      config = module.get_config(preset)
-      if FLAGS.all or config.rehearse.ci:
-        found.append((name, config))
+      found.append((name, module.get_config(preset)))
   return found
 
 

@@ -142,6 +142,47 @@ def test_inner_tiles_do_no_mask_arithmetic():
   np.testing.assert_allclose(results[attention_tiles.INNER], attend_dense(q, k, v, one, one), atol=2e-5)
 
 
+@pytest.mark.parametrize("poisoned", [1, 2, 3], ids=["k", "v", "do"])
+def test_keys_of_a_tile_that_no_query_meets_are_not_computed(poisoned):
+  """One tile of keys holds both samples; NaN in its last part reaches no query of the first sample alone."""
+  segment = np.repeat([1, 2], [300, 724]).astype(np.int32)[None]
+  run = functools.partial(attend_with, tpu(Blocks(128, 1024, 16)))
+  clean = inputs(segment, segment)
+  dirty = list(clean)
+  dirty[poisoned] = clean[poisoned].at[:, 512:].set(jnp.nan)
+  want, got = (compiled(run)(*x, segment, segment) for x in (clean, dirty))
+  for g, w in zip(got[:2], want[:2]):
+    np.testing.assert_array_equal(g[:, :256], w[:, :256])  # o, dq
+  assert_as_reference(run, segment, segment)
+  if poisoned == 3:  # keys that meet no query of the second sample
+    for g, w in zip(got[2:], want[2:]):
+      np.testing.assert_array_equal(g[:, :256], w[:, :256])
+  assert any(np.isnan(np.asarray(g)).any() for g in got)
+
+
+@pytest.mark.parametrize("by_key", [False, True])
+@pytest.mark.parametrize("block_k", [1024, 640])  # five times 128 keys in three parts of two
+def test_a_tile_says_which_of_its_keys_are_live(by_key, block_k):
+  rng = np.random.default_rng(0)
+  block_q, tokens = 256, 5120
+  at_once = attention_tiles.keys_at_once(block_k)
+  for count in (1, 3, 10, 40):
+    lengths = rng.multinomial(tokens - 100, np.ones(count) / count)
+    line = jnp.asarray(packing(lengths, total=tokens)[0])
+    most = attention_tiles.most_tiles(1, tokens, tokens, block_q, block_k)
+    tiles, num, _ = attention_tiles.tile_list(line, line, block_q, block_k, most, by_key=by_key)
+    tiles = np.asarray(tiles)[: int(num)]
+    q, k = (np.asarray(line).reshape(-1, n) for n in (block_q, at_once))
+    for tile in tiles:
+      i, j = int(attention_tiles.major(tile)), int(attention_tiles.minor(tile))
+      i, j = (j, i) if by_key else (i, j)
+      start, stop = map(int, attention_tiles.live_keys(tile, block_k))
+      per = block_k // at_once
+      live = [n for n in range(per) if set(q[i]) & set(k[j * per + n]) - {0}]
+      step = -(-per // 4)
+      assert start == live[0] // step * step and stop == min((live[-1] // step + 1) * step, per)
+
+
 def every_tile(q_segment, k_segment, block):
   """Live pairs of blocks, the long way, and whether all their pairs of tokens are."""
   q, k = (np.asarray(x) for x in attention_tiles.unique_segments(q_segment, k_segment))

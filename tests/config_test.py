@@ -34,7 +34,8 @@ FOLDER = Path(__file__).parent.parent / "configs"
 PRESETS = {
   "quickstart.py": ("", "own_data", "debug"),
   "scaling.py": ("", "debug"),
-  **{f"t2v_{size}.py": ("", "debug") for size in ("700m", "5b")},
+  "t2v_700m.py": ("", "v6e", "debug"),
+  "t2v_5b.py": ("", "debug"),
   "t2v_30b.py": ("", "two_slices", "debug"),
 }
 

@@ -51,9 +51,24 @@ def test_an_oversized_run_is_refused_with_figure_and_remedy(tmp_path):
   assert result["hbm_peak_bytes"] > result["hbm_limit_bytes"]
 
 
-def test_a_batch_that_does_not_divide_is_a_lint():
-  done = rehearse("--config=configs/t2v_700m.py:debug", "--topology=v5e:2x2", "--config.data.rows=6")
-  assert done.returncode == 1 and "lint batch: data.rows = 6" in done.stdout, done.stderr
+def test_a_batch_that_does_not_divide_is_a_lint(tmp_path):
+  """Of two programs, each in a process of its own: in order, and libtpu says nothing."""
+  out = tmp_path / "table.json"
+  two = "--config.rehearse.topologies=('v5e:2x2', 'v6e:2x4')"
+  config = ("--config=configs/t2v_700m.py:debug", "--config.data.rows=6", two)
+  done = rehearse(*config, "--jobs=2", f"--json={out}")
+  assert done.returncode == 1 and not done.stderr
+  assert done.stdout.count("lint batch: data.rows = 6") == 2
+  assert done.stdout.count("does NOT pass: batch") == 2
+  assert "2 programs in" in done.stdout
+  assert [r["topology"] for r in json.loads(out.read_text())] == ["v5e:2x2", "v6e:2x4"]
+
+
+def test_a_mistake_in_one_of_several_is_one_line():
+  two = "--config.rehearse.topologies=('v5e:2x2', 'v5e:7x9')"
+  done = rehearse("--config=configs/t2v_700m.py:debug", "--config.data.rows=6", two, "--jobs=2")
+  assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+  assert "libtpu does not take topology v5e:7x9" in done.stderr
 
 
 @pytest.mark.parametrize("generation", flags.FLAGS)

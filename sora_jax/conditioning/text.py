@@ -82,7 +82,7 @@ class TextEncoder(nnx.Module):
     return by_rows(jnp.where((batch.text_ids_BM == NULL_ID)[..., None], self.null[...], x))
 
   def _run_blocks(self, x: Array, segment_BM: Array) -> Array:
-    """A loop over the blocks, stacked here, compiles in the time of one; of two it only copies."""
+    """Stacked here and run as a loop they compile in the time of one; for two it is not worth the copies."""
     if len(self.blocks) <= 2:
       for block in self.blocks:
         x = by_rows(block(x, segment_BM))

@@ -3,8 +3,9 @@
 A tile is a block of queries by a block of keys. Segments give every block an interval of numbers; a tile is
 live where the intervals of its two blocks meet, which for samples that lie in order is exactly where some
 query has some key (where both hold every number between their first and last; else a few tiles too many are
-live, never one too few). The live tiles of a block are taken for a range. Building the list takes no more
-memory than (query blocks) x (key blocks).
+live, never one too few). The live tiles of a block are taken for a range. A tile on a border says besides
+which of its keys the kernel has to walk: from the first to the last part with a live pair. Building the list
+takes no more memory than (query blocks) x (parts of key blocks).
 """
 
 import functools
@@ -15,9 +16,11 @@ import numpy as np
 
 from sora_jax.types import PADDING, Array
 
-# A tile is one int32: block that the kernel stays on << 17 | block that it walks << 3 | flags.
-_MAJOR_SHIFT, _MINOR_SHIFT, MAX_BLOCKS = 17, 3, 2**14 - 1
+# A tile is one int32: block that the kernel stays on << 19 | block that it walks << 7 | last live part of the
+# keys << 5 | first << 3 | flags.
+_MAJOR_SHIFT, _MINOR_SHIFT, _LAST_PART_SHIFT, _FIRST_PART_SHIFT, MAX_BLOCKS = 19, 7, 5, 3, 2**12 - 1
 FIRST, LAST, INNER = 1, 2, 4
+_PARTS = 4  # of the keys of a tile, at most
 _DEAD = np.int32(2**31 - 1)
 
 
@@ -35,6 +38,24 @@ def major(tile):
 
 def minor(tile):
   return (tile >> _MINOR_SHIFT) & MAX_BLOCKS
+
+
+def keys_at_once(block_k: int) -> int:
+  """Keys that a kernel computes at a time: what of a tile is skipped or not."""
+  return next((size for size in (256, 128) if block_k % size == 0), block_k)
+
+
+def _of_part(block_k: int) -> tuple[int, int]:
+  """(of a tile, of a part of it) how often the kernel computes `keys_at_once`."""
+  num = block_k // keys_at_once(block_k)
+  return num, -(-num // _PARTS)
+
+
+def live_keys(tile, block_k: int):
+  """First and one past the last `keys_at_once` of a tile to be computed."""
+  num, part = _of_part(block_k)
+  first, last = ((tile >> shift) & (_PARTS - 1) for shift in (_FIRST_PART_SHIFT, _LAST_PART_SHIFT))
+  return first * part, jnp.minimum((last + 1) * part, num)
 
 
 def unique_segments(q_segment_BL: Array, k_segment_BM: Array) -> tuple[Array, Array]:
@@ -84,22 +105,39 @@ def tile_list(q_segment_T: Array, k_segment_T: Array, block_q: int, block_k: int
   live = _live(q, k)
   inner = q[2][:, None] & k[2][None, :] & (q[1][:, None] == k[1][None, :])
   live, inner = (live.T, inner.T) if by_key else (live, inner)
-  assert max(live.shape) <= MAX_BLOCKS, "a line of more than 16,383 blocks"
+  assert max(live.shape) <= MAX_BLOCKS, "a line of more than 4,095 blocks"
   first, length = _range(live)
   inner_first, inner_length = _range(inner)
   # Inner tiles with a gap between them, which segments in order never have, are computed with the mask.
   inner_length = jnp.where(inner.sum(1) == inner_length, inner_length, 0)
   stop = jnp.cumsum(length)
   index = jnp.arange(most, dtype=jnp.int32)
-  block, (start, end, first, inner_first, inner_length) = _look_up(
-    index, stop, (stop - length, stop, first, inner_first, inner_length)
+  # Of the whole line of keys, in `keys_at_once`: what each block of queries meets.
+  at_once = keys_at_once(block_k)
+  meets = _range(_live(q, _intervals(k_segment_T, at_once, jnp)))
+  block, (start, end, first, inner_first, inner_length, *met) = _look_up(
+    index, stop, (stop - length, stop, first, inner_first, inner_length, *(() if by_key else meets))
   )
   other = first + index - start
+  parts = _parts_of(block if by_key else other, *(_pick(other, meets) if by_key else met), block_k)
   is_inner = (inner_first <= other) & (other < inner_first + inner_length)
-  tiles = (block << _MAJOR_SHIFT) | (other << _MINOR_SHIFT) | jnp.where(is_inner, INNER, 0)
+  tiles = (block << _MAJOR_SHIFT) | (other << _MINOR_SHIFT) | parts | jnp.where(is_inner, INNER, 0)
   tiles = tiles | jnp.where(index == start, FIRST, 0) | jnp.where(index == end - 1, LAST, 0)
   count = length.sum(dtype=jnp.int32)
   return TileList(jnp.where(index < count, tiles, FIRST | LAST), jnp.maximum(count, 1), length > 0)
+
+
+def _parts_of(key_block, first, length, block_k: int):
+  """Bits of the first and last part of a block of keys, of a range that is counted along the whole line."""
+  num, part = _of_part(block_k)
+  first, last = (jnp.clip(x - key_block * num, 0, num - 1) // part for x in (first, first + length - 1))
+  return (last << _LAST_PART_SHIFT) | (first << _FIRST_PART_SHIFT)
+
+
+def _pick(index, tables):
+  """Entries of tables at indices, as sums for the reason that `_look_up` has."""
+  same = index[:, None] == jnp.arange(len(tables[0]), dtype=jnp.int32)[None, :]
+  return [jnp.where(same, table[None, :], 0).sum(1, dtype=jnp.int32) for table in tables]
 
 
 def _range(mask):

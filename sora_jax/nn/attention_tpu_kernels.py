@@ -23,7 +23,6 @@ from sora_jax.nn import attention_tiles as tiles_lib
 _MASKED = -1e30
 _LOWEST = -1e29
 _LOG2_E = math.log2(math.e)
-_KEYS_AT_ONCE = 256
 _NO_Q, _NO_K = -1, -2  # segments of padding, which match nothing
 
 
@@ -47,22 +46,23 @@ def _scores(q, k, q_segment, k_segment, keys, masked):
 def _on_tile(tiles_ref, block_k, init, update, finish):
   """Runs what the flags of this tile ask for; inner tiles, where every pair is live, do no mask arithmetic.
 
-  A tile is updated some keys at a time, so that scores stay small and programs short.
+  A tile is updated some keys at a time, so that scores stay small and programs short, and that of a tile on
+  the border of a sample only the keys from the first to the last live ones are.
   """
   tile = tiles_ref[pl.program_id(1)]
   is_inner = tile & tiles_lib.INNER != 0
-  size = next(size for size in (_KEYS_AT_ONCE, 128) if block_k % size == 0)
+  size = tiles_lib.keys_at_once(block_k)
 
-  def walk(masked):
+  def walk(start, stop, masked):
     def some_keys(i, _):
       update(pl.ds(pl.multiple_of(i * size, size), size), masked)
       return 0
 
-    lax.fori_loop(0, block_k // size, some_keys, 0)
+    lax.fori_loop(start, stop, some_keys, 0)
 
   pl.when(tile & tiles_lib.FIRST != 0)(init)
-  pl.when(is_inner)(lambda: walk(masked=False))
-  pl.when(jnp.logical_not(is_inner))(lambda: walk(masked=True))
+  pl.when(is_inner)(lambda: walk(0, block_k // size, masked=False))
+  pl.when(jnp.logical_not(is_inner))(lambda: walk(*tiles_lib.live_keys(tile, block_k), masked=True))
   pl.when(tile & tiles_lib.LAST != 0)(finish)
 
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from sora_jax import generate
 from sora_jax.diffusion.objectives import ObjectiveConfig
 from sora_jax.generate import SampleConfig
-from sora_jax.nn import attention, attention_chunked, attention_tpu
+from sora_jax.nn import attention, attention_chunked, attention_tiles, attention_tpu
 from sora_jax.rehearsal import gpu
 from sora_jax.tasks import registry
 from sora_jax.training import feed
@@ -49,13 +49,13 @@ def resolve_attention(config: ml_collections.ConfigDict) -> None:
 
 
 def attention_tile(backend: str, mesh: Mesh) -> tuple[int, int]:
-  """Queries and keys of a tile on the devices of the mesh."""
+  """Queries and keys that attention computes or skips together on the devices of the mesh."""
   if backend == "gpu":
     return gpu.TILE
   if backend != "tpu":
     return attention_chunked.BLOCK_Q, attention_chunked.BLOCK_K
   blocks = attention_tpu.blocks_for(mesh.devices.flat[0].device_kind)
-  return blocks.q, blocks.k
+  return blocks.q, attention_tiles.keys_at_once(blocks.k)
 
 
 def make_setup(config: ml_collections.ConfigDict, spec: BatchSpec, mesh: Mesh) -> Setup:

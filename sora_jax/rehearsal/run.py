@@ -34,11 +34,9 @@ FAST = -1.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RehearseConfig:
-  """`topologies` are those that --all compiles, as v5p:8x8x8 or v5p:8x8x8*2 for two slices; --ci only where
-  `ci` says so, for a compile of the largest takes minutes."""
+  """`topologies` are those that --all compiles, as v5p:8x8x8 or v5p:8x8x8*2 for two slices."""
 
   topologies: tuple[str, ...] = ()
-  ci: bool = True
   mix: str = "480p"  # sizes that the FLOPs are counted for; see rehearsal/mix.py
 
   def __post_init__(self):
