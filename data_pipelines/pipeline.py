@@ -266,19 +266,12 @@ def _parts_of(
 
 
 def chosen_ids(source: Source, config: DataConfig, split: str) -> np.ndarray:
-  """Samples of one side of the split, ascending."""
+  """Samples of one side of the split, ascending. A sample's side depends on its name alone (with
+  `eval_fraction`: not even on the other samples)."""
   if split != "all" and (config.num_eval or config.eval_fraction):
     names = (source.info(i).name for i in range(len(source)))
     return np.array(_split(names, len(source), config, split), np.uint32)
   return np.arange(0 if split == "eval" else len(source), dtype=np.uint32)
-
-
-def split_ids(infos: dict[int, SampleInfo], config: DataConfig, split: str) -> list[int]:
-  """A sample's side depends on its name alone (with `eval_fraction`: not even on the other samples)."""
-  ids = list(infos)
-  if split == "all":
-    return ids
-  return [ids[n] for n in _split((infos[i].name for i in ids), len(ids), config, split)]
 
 
 def _split(names: Iterable[str], count: int, config: DataConfig, split: str) -> list[int]:

@@ -33,7 +33,7 @@ _OPEN_OPTIONS = {
 _HD_HEIGHT = 720  # untagged video of this height or more is BT.709, as players assume
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class MediaInfo:
   """Size as displayed; a video of one frame counts as an image (fps 0). `note` tells of frames lost."""
 

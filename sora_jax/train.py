@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec, build_source, part_ends, split_ids
+from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec, build_source, chosen_ids, part_ends
 from data_pipelines.sources.base import NoCaptionsError, Source
 from data_pipelines.texts import Embedder
 from sora_jax import cli, sample_grid, trained
@@ -39,6 +39,7 @@ from sora_jax.training.optimizer import OptimizerConfig
 
 FLAGS = flags.FLAGS
 DATA = "data_fingerprint.txt"
+MOST_CAPTIONED = 2**20  # samples, spread over all, whose captions a vocabulary is learned from
 SECTIONS = {
   "model", "text", "diffusion", "data", "optimizer", "mesh", "train", "sample", "rehearse", "task", "seed",
 }  # fmt: skip
@@ -184,7 +185,9 @@ def text_reader(
   embedder = Embedder(data.text, data.text_width, text.max_tokens)
   trained.check_text(workdir, embedder)
   if multihost.is_main():
-    mark.write_text(json.dumps({"hash": embedder.hash, "width": data.text_width}) + "\n", encoding="utf-8")
+    partial = mark.with_suffix(".tmp")
+    partial.write_text(json.dumps({"hash": embedder.hash, "width": data.text_width}) + "\n", encoding="utf-8")
+    partial.replace(mark)
   return embedder
 
 
@@ -192,8 +195,9 @@ def vocabulary(workdir: Path, source, data: DataConfig, text: ml_collections.Con
   """That of the workdir; learned from the captions to train on where there is none yet."""
   path = workdir / TOKENIZER
   if multihost.is_main() and not path.is_file():
-    infos = {i: source.info(i) for i in range(len(source))}
-    captions = (c for i in split_ids(infos, data, "train") for c in infos[i].captions)
+    ids = chosen_ids(source, data, "train")
+    ids = ids[np.linspace(0, len(ids) - 1, min(len(ids), MOST_CAPTIONED)).astype(np.int64)]
+    captions = (c for i in ids.tolist() for c in source.info(i).captions)
     learned = tokenizer_lib.train(captions, vocab_size=text.vocab_size, max_tokens=text.max_tokens)
     partial = path.with_suffix(".tmp")
     learned.save(partial)

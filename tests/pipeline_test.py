@@ -11,7 +11,7 @@ import pytest
 from data_pipelines import report as report_main
 from data_pipelines import sizes
 from data_pipelines.loader import ClipCache, Planned, total_frames
-from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec, build_source, split_ids
+from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec, build_source, chosen_ids
 from data_pipelines.sources.base import UnreadableError
 from data_pipelines.sources.synthetic import SyntheticSource
 from sora_jax.packing.geometry import unpatchify
@@ -134,9 +134,8 @@ def test_held_out_samples_are_apart_and_stay_so():
   sides = {s: set(make(source, split=s, eval_fraction=0.2).infos) for s in ("train", "eval", "all")}
   assert not sides["train"] & sides["eval"] and sides["train"] | sides["eval"] == sides["all"]
   assert 20 < len(sides["eval"]) < 60
-  infos = {i: source.info(i) for i in range(100)}
-  config = dataclasses.replace(CONFIG, eval_fraction=0.2)
-  assert set(split_ids(infos, config, "eval")) == {i for i in sides["eval"] if i < 100}
+  few, config = SyntheticSource(100), dataclasses.replace(CONFIG, eval_fraction=0.2)
+  assert set(chosen_ids(few, config, "eval").tolist()) == {i for i in sides["eval"] if i < 100}
   assert len(make(source, split="eval", num_eval=7)) == 7
   with pytest.raises(ValueError, match="num_eval=200 leaves none of 200"):
     make(source, num_eval=200)

@@ -31,7 +31,7 @@ class SampleInfo:
   start_s: float = 0.0  # where it begins in the file that it is a cut of
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
   """A media file that a folder or manifest names, not yet looked into."""
 
