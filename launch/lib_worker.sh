@@ -134,6 +134,7 @@ mount_buckets() {
 # Becomes the trainer.
 train() {
   local flag flags=()
+  trap '' USR1 # until it listens itself, a wish for a trace would end it
   for flag in ${SORA_JAX_FLAGS[@]+"${SORA_JAX_FLAGS[@]}"}; do
     flags+=("$(local_path "$flag")")
   done

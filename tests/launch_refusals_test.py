@@ -196,6 +196,7 @@ def whole(tmp_path_factory):
     (["--config=configs/quickstart.py:none"], "has no preset 'none'"),
     (["--", "--config.model.heds=1"], "the config has no key config.model.heds"),
     (["--", "--config.mesh.fsdp=3"], "needs 3 devices, but there are 8"),
+    (["--num_slices=2"], "mesh axis replica=1 is not a multiple of the 2 slices"),
   ],
 )
 def test_the_trainer_itself_reads_the_config(whole, tmp_path, changed, says):

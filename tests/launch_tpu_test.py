@@ -261,7 +261,7 @@ def test_detach_and_attach_again(box):
 def test_a_trace_is_asked_of_all_workers(box):
   """And the run goes on as before."""
   done = box.run("tpu_run.sh", *PLACE, "--trace")
-  assert done.returncode == 2 and "could not be asked" in done.stderr
+  assert done.returncode == 2 and "error: not all" in done.stderr
   box.set(workers=2, ends={"*": ["wait", 0]})
   running = box.start("tpu_run.sh", *BASE)
   box.wait_for_trainers(running, 2)
