@@ -44,6 +44,7 @@ def define_flags() -> None:
   flags.DEFINE_string("json", None, "fit: where to write the result.")
   flags.DEFINE_string("output", None, "plan, plot, compare, probe: folder for what is written.")
   flags.DEFINE_bool("frontier", False, "Take only the run of lowest loss of each compute budget.")
+  flags.DEFINE_integer("min_steps", 0, "Take only runs of that many steps (column steps).", lower_bound=0)
   flags.DEFINE_integer("bootstrap", 500, "Replicas behind the intervals; 0: none.", lower_bound=0)
   flags.DEFINE_integer("seed", 0, "Of the bootstrap, of scenes and of sampling noise.")
   flags.DEFINE_float("extrapolate", 10.0, "plot: draw up to this multiple of compute.", lower_bound=1.0)
@@ -85,8 +86,11 @@ def fit_or_plot(command: str) -> int:
 
 
 def load(path: str, law: str, *, frontier: bool = False) -> Table:
-  runs = table.read(path, settings=(law,) if law in hyper.LAWS else ())
+  settings = ((law,) if law in hyper.LAWS else ()) + (("steps",) if FLAGS.min_steps else ())
+  runs = table.read(path, settings=settings)
   table.require(runs, report.COLUMNS[law], law=law, path=path)
+  if FLAGS.min_steps:
+    runs = table.of_length(runs, FLAGS.min_steps, path=path)
   if not frontier:
     return runs
   if law not in ("power", "saturating"):

@@ -225,6 +225,17 @@ def test_frontier_is_the_best_of_each_budget():
   assert found.compute[-1] == 10
 
 
+def test_short_runs_are_left_out(tmp_path):
+  path = tmp_path / "runs.csv"
+  path.write_text("compute,loss,steps\n1,3,10\n2,2,200\n")
+  read = table.read(path, ("steps",))
+  assert table.of_length(read, 100, path=path).loss.tolist() == [2]
+  with pytest.raises(ValueError, match="no run has 300 steps; the longest has 200"):
+    table.of_length(read, 300, path=path)
+  with pytest.raises(ValueError, match="no column steps"):
+    table.of_length(table.read(path), 100, path=path)
+
+
 @pytest.mark.parametrize(
   "law, runs, says",
   [

@@ -11,7 +11,7 @@ import numpy as np
 COLUMNS = ("params", "tokens", "compute", "loss")
 BUDGET_TOLERANCE = 0.1  # runs closer than this share a budget
 MOST_SPREAD = 1.4  # of compute within a budget
-SETTINGS = ("batch", "lr")  # tokens a step, learning rate: read only where a law asks for them
+SETTINGS = ("batch", "lr", "steps")  # tokens a step, learning rate, steps: read only where asked for
 FLOPS_PER_PARAM_TOKEN = 6.0  # forward and backward of a dense network; used only where a column is missing
 
 
@@ -25,6 +25,7 @@ class Table:
   tokens: np.ndarray | None = None
   batch: np.ndarray | None = None
   lr: np.ndarray | None = None
+  steps: np.ndarray | None = None
 
   def __len__(self) -> int:
     return len(self.loss)
@@ -52,7 +53,7 @@ def read(path: str | Path, settings: Sequence[str] = ()) -> Table:
   twice = [column for column in wanted if header.count(column) > 1]
   if twice:
     raise ValueError(f"{path}: the column {twice[0]} appears twice in the header")
-  if "loss" not in header and not settings:
+  if "loss" not in header and not {"batch", "lr"} & set(settings):
     raise ValueError(f"{path}: no column loss; its header is {', '.join(header)}")
   places = {column: header.index(column) for column in wanted if column in header}
   values: dict[tuple[float, ...], int] = {}
@@ -89,6 +90,16 @@ def require(table: Table, columns: Sequence[str], *, law: str, path: str | Path)
     raise ValueError(
       f"{path}: no column {', '.join(missing)}; the law {law} needs {', '.join((*columns, 'loss'))}"
     )
+
+
+def of_length(table: Table, least: int, *, path: str | Path) -> Table:
+  """Without runs of fewer steps: one of a few dozen is warm-up as much as training."""
+  if table.steps is None:
+    raise ValueError(f"{path}: no column steps; --min_steps needs it")
+  kept = table.rows(table.steps >= least)
+  if not len(kept):
+    raise ValueError(f"{path}: no run has {least} steps; the longest has {table.steps.max():.0f}")
+  return kept
 
 
 def frontier(table: Table) -> Table:
