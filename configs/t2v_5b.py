@@ -3,7 +3,7 @@
 python -m sora_jax.train --config=configs/t2v_5b.py --workdir=DIR --config.data.source=MANIFEST
 python -m sora_jax.rehearse --config=configs/t2v_5b.py
 
-Hardware: one slice v5p:4x4x4 (64 chips). Not run on hardware; rehearsed: 26.6 of 95.7 GiB a chip, a step of
+Hardware: one slice v5p:4x4x4 (64 chips). Not run on hardware; rehearsed: 27.2 of 95.7 GiB a chip, a step of
 4.1 s at best (docs/results.md).
 
 Trains on pixels with the geometry of latents, as configs/t2v_700m.py says. Preset "debug": a tiny one for a
