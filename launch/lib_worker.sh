@@ -203,7 +203,7 @@ is_alive() { # folder: the process is there and is ours, not one that got its nu
     [[ ! -e "$1/exit_code" ]] || return 1
     if pid="$(cat -- "$1/pid" 2>/dev/null)" && [[ -n "$pid" ]]; then
       kill -0 "$pid" 2>/dev/null || return 1
-      args="$(ps -o args= -p "$pid")" || return 1
+      args="$(ps -ww -o args= -p "$pid")" || return 1
       [[ "$args" != *lib_worker.sh*"$SORA_JAX_RUN_ID"* ]] || return 0
       # While it becomes another program it has no arguments, and ps shows [its name].
       [[ -z "$args" || "$args" == "["* ]] || return 1

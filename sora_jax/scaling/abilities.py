@@ -50,7 +50,8 @@ def draw(rows: Sequence[Mapping[str, str]], names: Sequence[str]) -> tuple[Figur
   above.set(xscale="log", ylim=(-0.03, 1.03), ylabel="share right (dotted: chance)")
   below.set(xscale="log", yscale="log", xlabel="compute", ylabel="loss")
   canvas.plain_y(below)
-  above.legend(frameon=False, fontsize=7, loc="upper left")
+  canvas.plain_x(below)
+  above.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
   return figure, data
 
 

@@ -72,9 +72,9 @@ def plain_y(axes: Axes) -> None:
   low, high = axes.get_ylim()
   ratio = high / low
   spacing = next(
-    step for most, step in ((1.25, 0.05), (1.5, 0.1), (2.2, 0.2), (8.0, 0.5), (np.inf, 0)) if ratio <= most
+    step for most, step in ((1.25, 0.05), (1.5, 0.1), (2.2, 0.2), (3.5, 0.5), (np.inf, 0)) if ratio <= most
   )
-  subs = tuple(np.arange(1, 10, spacing)) if spacing else (1.0, 2.0, 5.0)
+  subs = tuple(np.arange(1, 10, spacing)) if spacing else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
   axes.yaxis.set_major_locator(LogLocator(10, subs=subs, numticks=8))
   axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
   axes.yaxis.set_minor_formatter(NullFormatter())

@@ -100,7 +100,7 @@ def isoflop_curves(runs: Table, fitted: Fit | Result) -> tuple[Figure, Data]:
   axes.margins(x=0.12)
   canvas.plain_x(axes)
   canvas.plain_y(axes)
-  axes.legend(frameon=False, loc="upper right")
+  axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
   return figure, data
 
 
@@ -130,7 +130,7 @@ def optimal(runs: Table, fitted: Fit | Result, *, extrapolate: float) -> tuple[F
       axes.plot(compute, values, ".", color="0.6", markersize=3, label="runs", zorder=0)
       data.add(f"runs {name}", compute, values)
     axes.set(xscale="log", yscale="log", xlabel="compute", ylabel=f"best number of {name}")
-    axes.legend(loc="upper left", edgecolor="none", framealpha=0.85)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
   return figure, data
 
 

@@ -60,6 +60,7 @@ class Sandbox:
 
   def env(self, **more: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SORA_JAX_", "SLURM_"))}
+    kept["COLUMNS"] = "40"  # as a terminal may say: what reads the output of ps must not be cut by it
     path = f"{self.state / 'bin'}{os.pathsep}{os.environ['PATH']}"
     own = {
       "STAND_IN_STATE": self.state,
