@@ -115,12 +115,12 @@ def main() -> int:
   folder.mkdir(parents=True, exist_ok=True)
   costing = Costing(config, folder)
   cells = _cells(config)
-  found = {}
+  found, fewest = {}, max(ladder.MIN_STEPS, FLAGS.min_steps)
   for name, budget, overrides in cells:
     costs = costing.of(overrides, budget)
     steps, flops = ladder.steps_for(budget, costs.flops)
-    if steps < ladder.MIN_STEPS:
-      say(f"left out: {name} would have {steps} steps; {ladder.MIN_STEPS} are the least")
+    if steps < fewest:
+      say(f"left out: {name} would have {steps} steps; {fewest} are the least")
       continue
     found[name] = (budget, overrides, costs, steps, flops)
   if not found:
