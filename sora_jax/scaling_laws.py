@@ -44,7 +44,7 @@ def define_flags() -> None:
   flags.DEFINE_string("json", None, "fit: where to write the result.")
   flags.DEFINE_string("output", None, "plan, plot, compare, probe: folder for what is written.")
   flags.DEFINE_bool("frontier", False, "Take only the run of lowest loss of each compute budget.")
-  flags.DEFINE_integer("min_steps", 0, "plan, fit, plot: only runs of that many steps or more.", lower_bound=0)
+  flags.DEFINE_integer("min_steps", 0, "plan, fit, plot: no run of fewer steps.", lower_bound=0)
   flags.DEFINE_integer("bootstrap", 500, "Replicas behind the intervals; 0: none.", lower_bound=0)
   flags.DEFINE_integer("seed", 0, "Of the bootstrap, of scenes and of sampling noise.")
   flags.DEFINE_float("extrapolate", 10.0, "plot: draw up to this multiple of compute.", lower_bound=1.0)

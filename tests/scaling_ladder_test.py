@@ -178,9 +178,11 @@ PLAN = ("plan", "--config=configs/scaling.py:debug", "--sizes=8x1x1,16x1x2", "--
 
 
 def test_plan_and_launch(tmp_path):
-  out, _ = finish(start(*PLAN, "--budgets=2e8,4e8", f"--output={tmp_path}", "--config.data.rows=3"))
+  grid = ("--budgets=2e8,4e8", "--min_steps=6", "--config.data.rows=3")
+  out, err = finish(start(*PLAN, *grid, f"--output={tmp_path}"))
   plan = ladder.read(tmp_path / "plan.json")
-  assert len(plan.runs) == 4  # as near to the budget as whole steps allow
+  assert len(plan.runs) == 3 and "left out: c2e08_w16d1h2 would have 5 steps; 6 are the least" in err
+  # As near to the budget as whole steps allow.
   assert all(abs(run.compute - run.budget) < 0.6 * run.compute / run.steps for run in plan.runs)
   assert plan.config_flags == ("--config.data.rows=3",) and "in all" in out
   assert [run.budget for run in plan.runs] == sorted(run.budget for run in plan.runs)
@@ -314,6 +316,29 @@ def test_places_are_chosen_by_validation_clips_alone():
   found = probe.best_of(places, {"label": np.array(["a", "b"])[y]})
   assert found["label"]["block"] == 2 and found["label"]["noise_level"] == 0.4
   assert found["mean"] == found["label"]["accuracy"] > 0.9
+
+
+def scores(**of) -> dict:
+  """Of one seed: accuracy of colour, shape, direction by network."""
+  found = {}
+  for name, values in of.items():
+    found[name] = {label: {"accuracy": x} for label, x in zip(probe.LABELS, values)}
+    found[name]["mean"] = float(np.mean(values))
+  return found
+
+
+def test_a_label_that_all_networks_read_is_not_judged_by():
+  told = {"initial": (0.95, 0.45, 0.5), "random": (0.97, 0.5, 0.45), "pixels": (0.99, 0.4, 0.4)}
+  one = probe.summary([scores(trained=(1.0, 0.6, 0.7), **told), scores(trained=(1.0, 0.7, 0.7), **told)])
+  assert one["judged"] == ["shape", "direction"]
+  np.testing.assert_allclose(one["leads"]["random"], [0.175, 0.225])
+  np.testing.assert_allclose(one["leads_of_all"]["random"], (2.35 - 1.92) / 3)
+  assert one["leads_as_it_should"]
+  # One seed below the bar is enough to fail, and so is nothing to judge by.
+  assert not probe.summary([scores(trained=(1.0, 0.6, 0.64), **told)])["leads_as_it_should"]
+  all_read = {name: (0.9, 0.9, 0.9) for name in told}
+  none = probe.summary([scores(trained=(1.0, 1.0, 1.0), **all_read)])
+  assert none["judged"] == [] and not none["leads_as_it_should"]
 
 
 def test_chosen_runs(tmp_path):
