@@ -1,7 +1,7 @@
 """Base of a scaling ladder on captioned moving shapes: what all its runs share.
 
 python -m sora_jax.scaling_laws plan --config=configs/scaling.py --sizes=16x2x1,24x2x2,32x3x2,48x3x3,64x4x4 \\
-  --budgets=2.5e10,5e10,1e11,2e11,4e11,8e11 --output=runs/ladder
+  --budgets=2.5e10,5e10,1e11,1.4e11,2e11,2.8e11,4e11,8e11 --min_steps=250 --seeds=1 --output=runs/ladder
 python -m sora_jax.scaling_laws run --plan=runs/ladder/plan.json --workers=2
 
 The quickstart's recipe (Muon) with smaller batches, so that small budgets still buy some steps. The plan sets

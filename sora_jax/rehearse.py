@@ -24,7 +24,7 @@ from data_pipelines.config import DataConfig, batch_spec
 from sora_jax import cli
 from sora_jax.rehearsal import report, topology
 from sora_jax.rehearsal.jobs import Job, cores, rehearse_all
-from sora_jax.rehearsal.run import FAST, RehearseConfig
+from sora_jax.rehearsal.run import EFFORTS, FAST, RehearseConfig
 from sora_jax.tasks import registry
 
 FLAGS = flags.FLAGS
@@ -45,7 +45,7 @@ def define_flags() -> None:
   flags.DEFINE_string("hlo", "", "File for the text of the compiled module, of the last program.")
   flags.DEFINE_bool("all", False, "Every configs/t2v_*.py on the topologies it names.")
   flags.DEFINE_integer("jobs", 0, "Programs compiled at a time; 0 = as many as cores.", lower_bound=0)
-  flags.DEFINE_float("effort", FAST, "Effort of the compiler on speed, -1 (fastest to compile) to 1.")
+  flags.DEFINE_enum("effort", FAST, list(EFFORTS), "Of the compiler on speed; the least compiles fastest.")
   flags.DEFINE_bool("check_golden", False, "Fail where figures differ from tests/golden/rehearse.")
   flags.DEFINE_bool("write_golden", False, "Write those files anew.")
 

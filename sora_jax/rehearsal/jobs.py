@@ -25,7 +25,7 @@ class Job:
   patch: Patch
   at: topology.Topology
   mode: str
-  effort: float
+  effort: str
   hlo_file: str = ""
 
 
