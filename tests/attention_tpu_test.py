@@ -18,6 +18,7 @@ from sora_jax.nn.attention_dense import DENSE, attend_dense
 from sora_jax.nn.attention_pair import attend_with
 from sora_jax.nn.attention_tpu import Blocks, tpu
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
+from sora_jax.rehearsal.run import EFFORTS
 from tests.attention_test import inputs, packing
 
 SMALL = tpu(Blocks(128, 128, 16))
@@ -287,7 +288,7 @@ def compile_for(generation, tokens, *, head, dtype=jnp.bfloat16, keys=0, heads=2
   with jax.set_mesh(mesh):
     lowered = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(q, k, k, q_segment, k_segment)
   # Less effort at scheduling, a third of the time.
-  return lowered.compile(compiler_options={"exec_time_optimization_effort": -1.0})
+  return lowered.compile(compiler_options={"optimization_level": EFFORTS["O0"]})
 
 
 def kernels_of(compiled):

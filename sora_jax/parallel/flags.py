@@ -11,8 +11,8 @@ _OVERLAP = {
   "xla_enable_async_collective_permute": "true",
   "xla_tpu_enable_async_all_to_all": "true",
 }
-# Collectives that go on inside of fusions, on v5e alone: from libtpu 0.0.46 on the compiler refuses them elsewhere
-# ("might lead to ... incorrect results, hang"), and on v6e, together with the overlap above, they turned exchanges
+# Collectives that go on inside of fusions, on v5e alone: from libtpu 0.0.46 on the compiler refuses them
+# elsewhere ("incorrect results, hang"), and on v6e, together with the overlap above, they turned exchanges
 # around attention to NaN (github.com/AI-Hypercomputer/maxdiffusion/issues/429).
 _FUSED = {
   "xla_tpu_enable_async_collective_fusion": "true",

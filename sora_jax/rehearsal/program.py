@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import time
+from importlib import metadata
 
 import jax
 import ml_collections
@@ -118,6 +119,8 @@ def _explained(error: Exception) -> Exception:
   text = str(error)
   if "No such compile option" in text or "Unknown" in text and "flag" in text:
     return ValueError(f"the compiler does not know an XLA flag: {text.splitlines()[0]}")
+  if "Failed to deserialize the Mosaic module" in text:
+    return ValueError(_libtpu_too_old())
   if "RESOURCE_EXHAUSTED" not in text:
     return error
   sizes = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", text) or re.search(
@@ -128,6 +131,13 @@ def _explained(error: Exception) -> Exception:
   unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
   needed, limit = (float(sizes[i]) * unit[sizes[i + 1]] for i in (1, 3))
   return OutOfMemoryError(needed, limit, text.splitlines()[0])
+
+
+def _libtpu_too_old() -> str:
+  jax_version, libtpu = metadata.version("jax"), metadata.version("libtpu")
+  wanted = [x.split(";")[0].strip() for x in metadata.requires("jax") or () if x.startswith("libtpu")]
+  needed = wanted[0] if wanted else "the libtpu of its release"
+  return f"libtpu {libtpu} is too old for the kernels of jax {jax_version}; pip install '{needed}'"
 
 
 def large_replicated(setup: Setup, *, large: int) -> list[tuple[str, tuple[int, ...]]]:

@@ -27,8 +27,8 @@ from sora_jax.training import step as step_lib
 from sora_jax.training.state import Setup
 from sora_jax.types import BatchSpec
 
-# Effort of the compiler on speed (openxla.org/xla/effort_levels), as its numbers: names are not taken by all versions
-# of jax. The least compiles 2 to 4 times faster, moves peak memory by a few per cent and leaves all collectives in
+# Effort of the compiler on speed (openxla.org/xla/effort_levels), as numbers: some versions of jax take no
+# names. The least compiles 2 to 4 times faster, moves peak memory by a few per cent and leaves collectives in
 # sequence, so that nothing can be said of their overlap.
 EFFORTS = {"O0": 9, "O1": 19, "O2": 29, "O3": 39}
 FAST = "O0"
