@@ -14,6 +14,8 @@ COLUMNS = (
   *("long_caption", "short_caption", "description", "descriptions", "alt_text", "internvl", "usr"),
 )
 
+SUFFIXES = (".txt", ".caption", ".json")  # of a file beside a medium, in order of preference
+
 
 def clean(value: Any) -> tuple[str, ...]:
   """One text or several, white space evened out, empty ones dropped."""
@@ -63,8 +65,8 @@ def of_json(text: str, where: str, column: str = "") -> tuple[str, ...]:
 def beside(
   path: Path, root: Path, *, allow_outside_root: bool, folder: Path | None = None, column: str = ""
 ) -> tuple[str, ...]:
-  """Of a.txt, else a.json, beside a.mp4 or in another folder; none where neither is there."""
-  for suffix in (".txt", ".json"):
+  """Of a.txt, a.caption or a.json beside a.mp4 or in another folder; none where none is there."""
+  for suffix in SUFFIXES:
     text = (folder or path.parent) / (path.stem + suffix)
     if not text.exists() and not text.is_symlink():
       continue
@@ -73,7 +75,7 @@ def beside(
       content = Path(resolved).read_text(encoding="utf-8-sig", errors="replace")
     except OSError as e:
       raise UnreadableError("caption_unreadable", e.strerror or "") from e
-    return clean(content) if suffix == ".txt" else of_json(content, text.name, column)
+    return of_json(content, text.name, column) if suffix == ".json" else clean(content)
   return ()
 
 

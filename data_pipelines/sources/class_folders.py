@@ -11,6 +11,12 @@ from data_pipelines.sources import captions, frame_folders, paths
 from data_pipelines.sources.base import Entry, Found, ReadOptions, UnreadableError
 from data_pipelines.sources.folder import is_media
 
+# What folders are called that divide a set by kind or split: a clip in videos/ does not show "videos".
+_NO_CLASSES = {
+  *("video", "videos", "image", "images", "clips", "media", "data"),
+  *("train", "val", "valid", "validation", "test"),
+}
+
 
 def class_caption(name: str) -> str:
   words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
@@ -19,22 +25,24 @@ def class_caption(name: str) -> str:
 
 def detect(root: Path) -> str:
   """ "frames" or "classes" where the folder is of that kind and has no captions of its own."""
-  kinds = set()
+  kinds, names = set(), set()
   for path, subfolders, files in os.walk(root):
     subfolders[:] = [s for s in sorted(subfolders) if not s.startswith(".")]
     files = [f for f in files if not f.startswith(".")]
     media = [f for f in files if is_media(f)]
     if not media:
       continue
-    stems = {os.path.splitext(f)[0] for f in files if f.endswith((".txt", ".json"))}
+    stems = {os.path.splitext(f)[0] for f in files if f.endswith(captions.SUFFIXES)}
     depth = len(Path(path).relative_to(root).parts)
     is_captioned = any(os.path.splitext(f)[0] in stems for f in media)
     if depth == 0 or is_captioned:
       return ""
+    names.add(Path(path).name)
     kinds.add("frames" if frame_folders.looks_like_frames(files) else "classes" if depth == 1 else "")
   if "" in kinds or not kinds or len(kinds) > 1:
     return ""
-  return kinds.pop()
+  kind = kinds.pop()
+  return "" if kind == "classes" and (len(names) < 2 or names <= _NO_CLASSES) else kind
 
 
 def read_classes(root: Path, options: ReadOptions) -> Found:

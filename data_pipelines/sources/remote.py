@@ -16,7 +16,7 @@ import fsspec
 from data_pipelines.sources import formats
 from data_pipelines.sources.base import Entry, Found, ReadOptions, UnreadableError
 
-_FETCHED = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
+_FETCHED = (".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".toml")
 _MAX_FETCHED = 2**30  # bytes of one table
 
 
