@@ -54,6 +54,11 @@ def as_wanted(source: Source, config: DataConfig) -> Source:
   if encoder and not held:
     return EncodedSource(source, config.latents)
   require_encoder(source.name, held, wanted)
+  channels = getattr(source, "channels", 0)
+  if wanted and channels and channels != config.latent_channels:
+    raise ValueError(
+      f"{source.name} holds latents of {channels} channels, data.latent_channels is {config.latent_channels}"
+    )
   return source
 
 

@@ -234,6 +234,21 @@ def test_latents_of_another_encoder_are_refused(latents):
   )
 
 
+def test_latents_of_other_channels_are_refused(latents):
+  out, _ = latents
+  config = DataConfig(source=str(out), latents="pool-v1", latent_channels=4, patch=(1, 1, 1))
+  with pytest.raises(ValueError, match="holds latents of 3 channels, data.latent_channels is 4"):
+    Pipeline(build_source(config), config, batch_spec(config), str.split)
+
+
+def test_a_set_that_is_not_finished_says_so(prepared, tmp_path):
+  _, folders = prepared
+  shutil.copytree(folders["jpeg"], tmp_path / "set")
+  (tmp_path / "set" / "shards.json").unlink()
+  with pytest.raises(ValueError, match="set holds shards that are not finished: run its preparation again"):
+    build_source(DataConfig(source=str(tmp_path / "set")))
+
+
 def test_what_is_damaged_is_one_sample_or_one_line(prepared, tmp_path):
   _, folders = prepared
   out = tmp_path / "set"

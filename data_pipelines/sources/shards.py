@@ -24,6 +24,7 @@ from sora_jax.packing.geometry import ClipSpec
 
 FORMAT, VERSION = "sora_jax shards", 1
 INDEX, ABOUT = "index.parquet", "shards.json"
+STATE = ".prepare"  # folder of a preparation
 _MAX_OPEN = 128
 _MAY_BE_EMPTY = ("crop", "text_tokens")  # cells of the index
 PIXELS = ""  # encoder of a set that holds pixels
@@ -43,9 +44,13 @@ SCHEMA = pa.schema(
 
 
 def is_prepared(path: str) -> bool:
-  """A folder, or an address, with our description in it."""
+  """A folder, or an address, with our description in it; ValueError where that is yet to come."""
   if "://" not in path:
-    return os.path.isfile(os.path.join(os.path.expanduser(path), ABOUT))
+    folder = os.path.expanduser(path)
+    is_whole = os.path.isfile(os.path.join(folder, ABOUT))
+    if not is_whole and os.path.isdir(os.path.join(folder, STATE)):
+      raise ValueError(f"{path} holds shards that are not finished: run its preparation again, to the end")
+    return is_whole
   try:
     store, root = fsspec.url_to_fs(path)
     return store.exists(f"{root.rstrip('/')}/{ABOUT}")
@@ -91,6 +96,9 @@ class ShardSource:
       "start_s",
     )
     self._columns = {name: table[name].to_numpy() for name in numbers}
+    self.channels = int(self._columns["channels"][0])
+    if (self._columns["channels"] != self.channels).any():
+      raise ValueError(f"{path}/{INDEX}: column channels has several values")
 
   def __reduce__(self):  # a worker process opens its own files
     return (_reopened, (self._path, self.encoder_hash, self._allow_outside_root))
