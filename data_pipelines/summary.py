@@ -140,7 +140,7 @@ def describe(
     captions_cut=cut_captions,
     packing=packing,
     method=plan.method,
-    remedies=remedies(fitted, config, spec, packing[plan.method]["padding"]),
+    remedies=remedies(source, fitted, config, spec, packing[plan.method]["padding"]),
     max_tokens=fitted.max_tokens,
     parts=_parts(parts, fitted, plan),
     stages=[
