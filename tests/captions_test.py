@@ -72,3 +72,13 @@ def test_times_in_the_source_are_kept(root):
   source = build(root / "list.json")
   assert [source.info(i).start_s for i in range(2)] == [0.25, 0.0]
   assert dataclasses.asdict(source.info(0))["name"] == "a.mp4#3-5"
+
+
+def test_the_report_shows_some(root):
+  """Whoever took the wrong column sees it there."""
+  write_csv(root / "meta.csv", [{"path": f"{n}.mp4", "text": t} for n, t in (("a", LONG * 9), ("b", SHORT))])
+  config = DataConfig(patch=(2, 8, 8), row_tokens=400)
+  pipeline = Pipeline(build(root / "meta.csv"), config, batch_spec(config), str.split)
+  (line,) = [line for line in str(pipeline.report()).splitlines() if line.startswith("captions ")]
+  assert line == f"captions    {(LONG * 9)[:57]}... | {SHORT}"
+  assert pipeline.report().as_dict()["captions"] == [LONG * 9, SHORT]
