@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.datasets import TEXTS, build, make_plain, put_clips, write_json
+from tests.datasets import TEXTS, build, make_plain, put_clips, put_frames, write_json
 from tests.formats_test import assert_same, rows
 
 
@@ -49,6 +49,18 @@ def test_folders_that_hold_all_are_no_classes(tmp_path, plain, folders):
   with pytest.raises(ValueError, match="none of the . media files .* has a caption"):
     build(tmp_path)
   assert captions_of(build(tmp_path, format="classes"))[0] == (folders[0] if len(folders) == 1 else "test",)
+
+
+def test_frames_below_one_folder_have_no_class(tmp_path, plain):
+  for folder in ("sky_train/a/a_1", "sky_train/b/b_1"):
+    put_frames(tmp_path / "sky" / folder, f"{plain.root}/a.mp4")
+  source = build(tmp_path / "sky", captions_optional=True)
+  assert source.form == "frames" and captions_of(source) == [(), ()] and source.info(0).label == -1
+  with pytest.raises(
+    ValueError, match="has a caption: put clip_1.txt .*, set data.format=classes where each"
+  ):
+    build(tmp_path / "sky")
+  assert captions_of(build(tmp_path / "sky" / "sky_train")) == [("a",), ("b",)]
 
 
 def test_tables_of_splits_are_not_passed_over(tmp_path, plain):
