@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipelines.config import DataConfig
+from data_pipelines.latents import rounded
 from data_pipelines.sizes import Fitted
 from data_pipelines.sources.base import SampleInfo, Source, UnreadableError
 from data_pipelines.texts import held_by
@@ -132,6 +133,8 @@ class RowLoader:
         self.failed[info.name] = str(e)
         logging.warning("%s: %s cannot be read, padding instead: %s", self.source.name, info.name, e)
       return None
+    if self.config.latents:
+      clip = rounded(clip, info.name)
     grid = grid_of(spec, patch)
     tokens = patchify(pad_frames(clip, patch[0]), patch)
     sample = PackedSample(
