@@ -113,6 +113,15 @@ def test_the_index_alone_answers(prepared, tmp_path):
     whole(source, 0)
 
 
+def test_little_of_the_index_stays_in_memory(prepared):
+  """Numbers, captions and names: of millions of samples every process holds as much."""
+  source = ShardSource(str(prepared[1]["jpeg"]))
+  kept = source._table.nbytes + sum(column.nbytes for column in source._columns.values())
+  rows = [source.row(i) for i in range(5)]
+  letters = sum(len(row["source"]) + sum(map(len, row["captions"])) for row in rows)
+  assert kept < letters + 5 * 80 + 100 and rows[3]["hashes"] and "motion" not in source._table.schema.names
+
+
 def test_they_are_array_records_that_others_can_read(prepared):
   _, folders = prepared
   source = ShardSource(str(folders["raw"]))
