@@ -282,7 +282,9 @@ def _split(names: Iterable[str], count: int, config: DataConfig, split: str) -> 
   place = np.fromiter(hashed, np.uint64, count)
   if config.num_eval:
     if config.num_eval >= count:
-      raise ValueError(f"data.num_eval={config.num_eval} leaves none of {count} samples to train on")
+      raise ValueError(
+        f"data.num_eval={config.num_eval} leaves none of {count} samples to train on: lower it (0 = none)"
+      )
     held_out = np.zeros(count, bool)
     held_out[np.argsort(place, kind="stable")[: config.num_eval]] = True
   else:

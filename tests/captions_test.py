@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -50,6 +51,12 @@ def test_lists_of_captions(root):
   write_json(root / "list.json", [{"path": "a.mp4", "cap": [LONG, SHORT]}, {"path": "b.mp4", "cap": "one"}])
   first, second = drawn(build(root / "list.json"), caption_weights=(0.0, 1.0))
   assert first == {SHORT: 400} and second == {"one": 400}
+
+
+def test_captions_by_name_and_none(root):
+  both = {"long": LONG, "short": SHORT}
+  write_json(root / "list.json", [{"path": "a.mp4", "cap": both}, {"path": "b.mp4", "cap": math.nan}])
+  assert [build(root / "list.json").info(i).captions for i in range(2)] == [(LONG, SHORT), ()]
 
 
 def test_captions_beside_files_in_columns(root):

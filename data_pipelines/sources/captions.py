@@ -1,7 +1,7 @@
 """Where a caption stands, in a record or beside a file."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,12 @@ SUFFIXES = (".txt", ".caption", ".json")  # of a file beside a medium, in order 
 
 
 def clean(value: Any) -> tuple[str, ...]:
-  """One text or several, white space evened out, empty ones dropped."""
+  """One text or several, by name too ({"long": ..., "short": ...}), white space evened out, no empty ones."""
+  if isinstance(value, Mapping):
+    value = list(value.values())
   values = value if isinstance(value, (list, tuple)) else [value]
-  texts = (" ".join(str(v).split()) for v in values if v is not None)
+  is_nan = [isinstance(v, float) and v != v for v in values]  # how tables say that there is none
+  texts = (" ".join(str(v).split()) for v, nan in zip(values, is_nan) if v is not None and not nan)
   return tuple(t for t in texts if t)
 
 
