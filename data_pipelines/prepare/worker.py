@@ -1,6 +1,7 @@
 """A worker process that may die or hang: that costs the sample it was at, never the run."""
 
 import collections
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -58,7 +59,9 @@ class Worker:
     context = multiprocessing.get_context("spawn")
     self._connection, theirs = context.Pipe()
     self._process = context.Process(target=_serve, args=(theirs, self._job, os.getpid()), daemon=True)
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # ^C is the parent's from the very start
     self._process.start()
+    signal.pthread_sigmask(signal.SIG_SETMASK, held)
     theirs.close()
     try:
       self._receive(_START_LIMIT_S, "")
@@ -102,7 +105,12 @@ def supervise(worker: Worker, task: Task, job: Job, on_sample: Callable[[str], N
 
 def _serve(connection, job: Job, parent: int) -> None:
   threading.Thread(target=_follow, args=(parent,), daemon=True).start()
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is the parent's to handle
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the parent is gone, and nobody to tell
+    _work(connection, job)
+
+
+def _work(connection, job: Job) -> None:
   connection.send(("ready",))
   while True:
     try:
