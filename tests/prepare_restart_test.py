@@ -138,6 +138,7 @@ def test_stopped_by_hand_goes_on_from_there(undisturbed, tmp_path):
   time.sleep(1.0)
   log = out.with_suffix(".log").read_text()
   assert log.endswith("stopped: the same command goes on from here\n") and "Traceback" not in log, log
+  assert "died" not in log and "crashed" not in log, log
   finish(data, out)
   assert contents(out) == whole
 

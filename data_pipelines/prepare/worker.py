@@ -31,9 +31,11 @@ class WorkerDiedError(Exception):
 class Worker:
   def __init__(self, job: Job, limit_s: float):
     self._job, self._limit_s = job, limit_s
-    self._process = None
+    self._process, self.is_stopped = None, False
 
   def run(self, task: Task, on_sample: Callable[[str], None]) -> None:
+    if self.is_stopped:
+      raise WorkerDiedError("", "stopped")
     if self._process is None:
       self._start()
     at = ""
@@ -49,11 +51,16 @@ class Worker:
       raise WorkerDiedError(at, self._cause()) from e
 
   def close(self) -> None:
-    if self._process is not None:
-      self._process.kill()
-      self._process.join()
+    process, self._process = self._process, None  # one of two threads has it
+    if process is not None:
+      process.kill()
+      process.join()
       self._connection.close()
-      self._process = None
+
+  def stop(self) -> None:
+    """For good: its end is no death."""
+    self.is_stopped = True
+    self.close()
 
   def _start(self) -> None:
     context = multiprocessing.get_context("spawn")
@@ -75,8 +82,11 @@ class Worker:
     return self._connection.recv()
 
   def _cause(self) -> str:
-    self._process.join(10)
-    code = self._process.exitcode
+    process = self._process
+    if process is None:
+      return "crashed: the worker process was ended"
+    process.join(10)
+    code = process.exitcode
     self.close()
     if code is None or code >= 0:
       return f"crashed: the worker process ended with code {code}"
@@ -94,6 +104,8 @@ def supervise(worker: Worker, task: Task, job: Job, on_sample: Callable[[str], N
       worker.run(task, on_sample)
       return
     except WorkerDiedError as e:
+      if worker.is_stopped:
+        return
       deaths[e.at] += 1
       print(f"prepare: {tasks.name_of(task)}: {e.why} (sample {e.at or 'not begun'})", file=sys.stderr)
       if not e.at:
