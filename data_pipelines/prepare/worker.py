@@ -65,11 +65,14 @@ class Worker:
   def _start(self) -> None:
     context = multiprocessing.get_context("spawn")
     self._connection, theirs = context.Pipe()
-    self._process = context.Process(target=_serve, args=(theirs, self._job, os.getpid()), daemon=True)
+    process = context.Process(target=_serve, args=(theirs, self._job, os.getpid()), daemon=True)
     held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # ^C is the parent's from the very start
-    self._process.start()
+    process.start()
     signal.pthread_sigmask(signal.SIG_SETMASK, held)
+    self._process = process
     theirs.close()
+    if self.is_stopped:
+      self.close()
     try:
       self._receive(_START_LIMIT_S, "")
     except (EOFError, OSError) as e:
