@@ -108,6 +108,8 @@ def _info_faults(info: Any, i: int) -> list[str]:
     faults.append(f"fps is {fps:g} with {info.num_frames} frames: above 0 for videos, 0 for images")
   if not isinstance(info.captions, tuple) or not all(isinstance(c, str) for c in info.captions):
     faults.append(f"captions is {str(info.captions)[:60]!r}, no tuple of texts")
+  if not isinstance(info.label, (int, np.integer)):
+    faults.append(f"label is {info.label!r}, no whole number (-1 = none)")
   return faults
 
 
@@ -127,7 +129,8 @@ def _check_copy(source: Any) -> Iterator[str]:
 
 
 def _load_faults(source: Any, info: SampleInfo, i: int) -> list[str]:
-  scale = min(1.0, _MAX_SIDE / max(info.height, info.width))
+  is_latent = bool(getattr(source, "encoder_hash", ""))  # which cannot be resized
+  scale = 1.0 if is_latent else min(1.0, _MAX_SIDE / max(info.height, info.width))
   height, width = max(1, round(info.height * scale)), max(1, round(info.width * scale))
   spec = ClipSpec(min(info.num_frames, _MAX_FRAMES), height, width, info.fps)
   late = (info.num_frames - spec.num_frames) / info.fps if info.fps else 0.0
@@ -138,10 +141,13 @@ def _load_faults(source: Any, info: SampleInfo, i: int) -> list[str]:
       return [f"cannot be read at {start:.2f} s: {e}"]
     except Exception as e:  # noqa: BLE001, anything else would end a training run
       return [f"load raises {type(e).__name__} ({e}) at {start:.2f} s: only UnreadableError is skipped"]
-    want = (spec.num_frames, spec.height, spec.width, 3)
-    if not isinstance(clip, np.ndarray) or clip.shape != want or clip.dtype != np.uint8:
-      got = f"{clip.dtype}{clip.shape}" if isinstance(clip, np.ndarray) else type(clip).__name__
-      return [f"load gives {got} for uint8{want}"]
+    channels = (getattr(source, "channels", 0) or "C") if is_latent else 3
+    want = (spec.num_frames, spec.height, spec.width, channels)
+    is_array = isinstance(clip, np.ndarray)
+    is_kind = is_array and (clip.dtype != np.uint8 if is_latent else clip.dtype == np.uint8)
+    if not is_kind or clip.ndim != 4 or any(w not in ("C", n) for w, n in zip(want, clip.shape)):
+      got = f"{clip.dtype}{clip.shape}" if is_array else type(clip).__name__
+      return [f"load gives {got} for {'floats' if is_latent else 'uint8'}{want}"]
     if not np.array_equal(clip, again):
       return [f"load gives other frames the second time, at {start:.2f} s"]
   return []

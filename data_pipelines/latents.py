@@ -11,6 +11,8 @@ from data_pipelines.named import named
 from data_pipelines.sources.base import SampleInfo, Sizes, Source, require_encoder, sizes_of
 from sora_jax.packing.geometry import ClipSpec
 
+DTYPE = np.float16  # of a batch
+
 
 class Encoder(Protocol):
   """What "package.module:Class" names; made without arguments, in every worker process anew."""
@@ -54,6 +56,11 @@ def as_wanted(source: Source, config: DataConfig) -> Source:
   if encoder and not held:
     return EncodedSource(source, config.latents)
   require_encoder(source.name, held, wanted)
+  channels = getattr(source, "channels", 0)
+  if wanted and channels and channels != config.latent_channels:
+    raise ValueError(
+      f"{source.name} holds latents of {channels} channels, data.latent_channels is {config.latent_channels}"
+    )
   return source
 
 
@@ -106,6 +113,17 @@ class EncodedSource:
 
   def fingerprint(self) -> str:
     return f"{self.source.fingerprint()}:{self.encoder_hash}"
+
+
+def rounded(values: np.ndarray, where: str) -> np.ndarray:
+  """Latents as batches have them: those made now hold no more than those that were stored."""
+  if values.dtype == DTYPE:
+    return values
+  with np.errstate(over="ignore"):
+    kept = values.astype(DTYPE)
+  if not np.isfinite(kept).all():
+    raise ValueError(f"the latents of {where} have values that float16 cannot hold")
+  return kept
 
 
 def cut_to_size(

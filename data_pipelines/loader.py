@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipelines.config import DataConfig
+from data_pipelines.latents import rounded
 from data_pipelines.sizes import Fitted
 from data_pipelines.sources.base import SampleInfo, Source, UnreadableError
 from data_pipelines.texts import held_by
@@ -20,12 +21,14 @@ from sora_jax.packing.geometry import ClipSpec, Grid, grid_of, pad_frames, patch
 from sora_jax.packing.hashing import uniform
 from sora_jax.packing.pack import PackedSample, pack_row, text_of
 from sora_jax.packing.plan import PlannedRow
-from sora_jax.types import BatchSpec, TokenBatch
+from sora_jax.types import NO_SAMPLE, BatchSpec, TokenBatch
 
 Tokenize = Callable[[str], Sequence[int] | np.ndarray]  # caption -> ids, or an embedding: an `Embedder`
 
 # Streams of `uniform`, so that the choices for one sample are independent.
 _START, _CAPTION, _GIVEN, _GIVEN_KIND, _GIVEN_COUNT = range(10, 15)
+
+_MANY, _RECENT = 32, 1024  # samples
 
 
 class ClipCache:
@@ -130,6 +133,8 @@ class RowLoader:
         self.failed[info.name] = str(e)
         logging.warning("%s: %s cannot be read, padding instead: %s", self.source.name, info.name, e)
       return None
+    if self.config.latents:
+      clip = rounded(clip, info.name)
     grid = grid_of(spec, patch)
     tokens = patchify(pad_frames(clip, patch[0]), patch)
     sample = PackedSample(
@@ -243,6 +248,25 @@ class RowLoader:
     if self._draw(_GIVEN_KIND, epoch, i) >= self.config.given_image_share:
       count += int(self._draw(_GIVEN_COUNT, epoch, i) * (frames // 2))
     return np.arange(frames * cells) < count * cells
+
+
+class Unread:
+  """Ends a run that has hardly anything left to learn from; a few samples that cannot be read are padding."""
+
+  def __init__(self, loader: RowLoader):
+    self._loader, self._read, self._lost = loader, 0, 0
+
+  def add(self, batch: TokenBatch) -> None:
+    self._read += int((batch.sample_id_BN != NO_SAMPLE).sum())
+    self._lost += int(batch.unreadable_B.sum())
+    if self._lost >= _MANY and self._lost > self._read:
+      told = [f"as {name}: {why}" for name, why in self._loader.failed.items()]
+      raise ValueError(
+        f"{self._loader.source.name}: {self._lost} of the last {self._lost + self._read} samples could not "
+        f"be read, {(told or ['the log of the processes that load says why'])[0]}"
+      )
+    if self._lost + self._read >= _RECENT:
+      self._read, self._lost = self._read // 2, self._lost // 2
 
 
 def total_frames(info: SampleInfo, spec: ClipSpec) -> int:

@@ -12,7 +12,7 @@ from absl import flags
 from data_pipelines import sizes, texts
 from data_pipelines.config import DataConfig, batch_spec
 from data_pipelines.latents import as_wanted
-from data_pipelines.loader import RowLoader, Tokenize
+from data_pipelines.loader import RowLoader, Tokenize, Unread
 from data_pipelines.sources.base import SampleInfo, Source
 from data_pipelines.sources.registry import build_source
 from data_pipelines.summary import Report, describe
@@ -140,13 +140,15 @@ class Pipeline:
     at = start_step * len(local)  # in the stream of this host's rows
     notes = Notes() if self.config.workers else None
     self.loader.notes = notes
-    deaths = Deaths(self.source, notes, self.loader.ended)
+    deaths, unread = Deaths(self.source, notes, self.loader.ended), Unread(self.loader)
     try:
       while True:
         iterator = self._rows_from(at, local)
         try:
           while True:
-            yield stack_rows([next(iterator) for _ in local])
+            batch = stack_rows([next(iterator) for _ in local])
+            unread.add(batch)
+            yield batch
             at += len(local)
         except RuntimeError as e:
           if not self.config.workers:
@@ -280,7 +282,9 @@ def _split(names: Iterable[str], count: int, config: DataConfig, split: str) -> 
   place = np.fromiter(hashed, np.uint64, count)
   if config.num_eval:
     if config.num_eval >= count:
-      raise ValueError(f"data.num_eval={config.num_eval} leaves none of {count} samples to train on")
+      raise ValueError(
+        f"data.num_eval={config.num_eval} leaves none of {count} samples to train on: lower it (0 = none)"
+      )
     held_out = np.zeros(count, bool)
     held_out[np.argsort(place, kind="stable")[: config.num_eval]] = True
   else:

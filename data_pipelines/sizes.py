@@ -60,9 +60,7 @@ def fit(
   sizes = sizes_of(source)
   natives, kinds = _kinds_of(sizes, ids)
   tried = ids if train_ids is None else train_ids
-  tried = (
-    _kinds_of(sizes, tried[:: -(-len(tried) // _TRIED_SAMPLES) or 1]) if config.max_padding else ((), kinds)
-  )
+  tried = _kinds_of(sizes, _as_seen(source, tried)) if config.max_padding else ((), kinds)
   stages = tuple(
     dataclasses.replace(stage, max_tokens=_budget(stage, *tried, config, spec))
     for stage in stages_of(config, is_train=is_train)
@@ -96,6 +94,21 @@ def fit(
     patch=config.patch,
     rejects=rejects,
   )
+
+
+def _as_seen(source: Source, ids: np.ndarray) -> np.ndarray:
+  """Some of the samples; of a mixture with weights each source as often as a run sees it."""
+  parts = getattr(source, "parts", ())
+  ends = np.searchsorted(ids, np.cumsum([size for _, size, _ in parts], dtype=np.int64))
+  own = [ids[a:b] for a, b in zip([0, *ends], ends)]
+  weighted = [(part, weight) for part, (*_, weight) in zip(own, parts) if len(part)]
+  if len(weighted) < 2 or any(weight is None for _, weight in weighted):
+    return ids[:: -(-len(ids) // _TRIED_SAMPLES) or 1]
+  total = sum(weight for _, weight in weighted)
+  counts = [max(1, round(_TRIED_SAMPLES * weight / total)) for _, weight in weighted]
+  return np.concatenate([
+    part[np.linspace(0, len(part) - 1, count).astype(np.int64)] for (part, _), count in zip(weighted, counts)
+  ])  # fmt: skip
 
 
 def _is_mixed(stage: Stage) -> bool:
@@ -172,11 +185,13 @@ def _lengths(natives: tuple[Native, ...], kinds: np.ndarray, stage: Stage, confi
   return np.array([tokens[k] for k in kinds.tolist() if tokens[k]], np.int64)
 
 
-def remedies(fitted: Fitted, config: DataConfig, spec: BatchSpec, padding: float) -> list[str]:
+def remedies(
+  source: Source, fitted: Fitted, config: DataConfig, spec: BatchSpec, padding: float
+) -> list[str]:
   """What would pad less, where rows pad much: longer rows, or samples that fill those there are."""
   if padding <= MUCH_PADDING or not len(fitted):
     return []
-  kinds = fitted.kinds[:: -(-len(fitted) // _TRIED_SAMPLES)]
+  kinds = fitted.kinds[np.searchsorted(fitted.ids, _as_seen(source, fitted.ids))]
   stage, found = fitted.stages[-1], []
 
   def tried(config: DataConfig, spec: BatchSpec) -> tuple[float, int]:
@@ -188,6 +203,8 @@ def remedies(fitted: Fitted, config: DataConfig, spec: BatchSpec, padding: float
     longer = dataclasses.replace(spec, tokens=times * spec.tokens, samples=times * spec.samples)
     rows = f"data.row_tokens={longer.tokens}, data.row_samples={longer.samples}" if times > 1 else ""
     for limit in (0.0,) if config.latents else (0.0, MUCH_PADDING):
+      if times == 1 and not limit:
+        continue  # as it is
       least, budget = tried(dataclasses.replace(config, max_padding=limit), longer)
       lower = f"data.max_padding={limit} (at most {budget} tokens a sample)" if limit else ""
       found.append((least, " and ".join(filter(None, (rows, lower)))))

@@ -9,6 +9,7 @@ import numpy as np
 from data_pipelines.config import DataConfig
 from data_pipelines.sizes import Fitted, remedies
 from data_pipelines.sources.base import SampleInfo, Source
+from data_pipelines.sources.paths import one_line
 from sora_jax.packing.geometry import num_tokens
 from sora_jax.packing.pack import share_text
 from sora_jax.packing.plan import RowPlan
@@ -16,6 +17,7 @@ from sora_jax.types import BatchSpec
 
 _SECONDS = (1, 2, 5, 10, 30, 60, 600)
 _LISTED = 50  # names printed of those skipped
+_QUOTED = 3  # captions printed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,7 @@ class Report:
   fitted: dict[str, int]  # WxHxT as read -> samples
   tokens: int
   tokens_per_sample: tuple[int, float, int]  # min, median, max
+  captions: list[str]  # some of them
   text_tokens: int
   text_tokens_cut: int  # by the capacity of rows, in the first epoch
   captions_cut: int
@@ -61,6 +64,7 @@ class Report:
       f"duration    {_counts(self.seconds, sort=False)}",
       f"read as     {_counts(self.fitted)}",
       f"tokens      {self.tokens}; per sample {low} to {high}, median {median:g}, at most {self.max_tokens}",
+      *([f"captions    {' | '.join(one_line(c) for c in self.captions)}"] if self.captions else []),
       f"text        {self.text_tokens} tokens; rows have no room for {self.text_tokens_cut} of them, "
       f"of {self.captions_cut} captions",
     ]
@@ -135,12 +139,13 @@ def describe(
     fitted=dict(fits.most_common()),
     tokens=int(lengths.sum(dtype=np.int64)),
     tokens_per_sample=(int(lengths.min()), float(np.median(lengths)), int(lengths.max())),
+    captions=_some_captions(infos),
     text_tokens=round(sum(text_lengths.values()) * times),
     text_tokens_cut=cut_tokens,
     captions_cut=cut_captions,
     packing=packing,
     method=plan.method,
-    remedies=remedies(fitted, config, spec, packing[plan.method]["padding"]),
+    remedies=remedies(source, fitted, config, spec, packing[plan.method]["padding"]),
     max_tokens=fitted.max_tokens,
     parts=_parts(parts, fitted, plan),
     stages=[
@@ -148,6 +153,13 @@ def describe(
       for s, f, k in zip(fitted.stages, full, kept)
     ],
   )
+
+
+def _some_captions(infos: Sequence[SampleInfo]) -> list[str]:
+  """Of samples spread evenly: shows a column or a rule that was taken for a caption and is none."""
+  captions = [caption for info in infos if (caption := next((c for c in info.captions if c), ""))]
+  places = np.linspace(0, len(captions) - 1, min(_QUOTED, len(captions))).astype(int)
+  return [captions[n] for n in places]
 
 
 def _parts(names: Sequence[str], fitted: Fitted, plan: RowPlan) -> dict[str, dict[str, float]]:

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -52,6 +53,12 @@ def test_lists_of_captions(root):
   assert first == {SHORT: 400} and second == {"one": 400}
 
 
+def test_captions_by_name_and_none(root):
+  both = {"long": LONG, "short": SHORT}
+  write_json(root / "list.json", [{"path": "a.mp4", "cap": both}, {"path": "b.mp4", "cap": math.nan}])
+  assert [build(root / "list.json").info(i).captions for i in range(2)] == [(LONG, SHORT), ()]
+
+
 def test_captions_beside_files_in_columns(root):
   for name in ("a", "b"):
     (root / f"{name}.json").write_text(json.dumps({"long": LONG, "short": SHORT}))
@@ -72,3 +79,13 @@ def test_times_in_the_source_are_kept(root):
   source = build(root / "list.json")
   assert [source.info(i).start_s for i in range(2)] == [0.25, 0.0]
   assert dataclasses.asdict(source.info(0))["name"] == "a.mp4#3-5"
+
+
+def test_the_report_shows_some(root):
+  """Whoever took the wrong column sees it there."""
+  write_csv(root / "meta.csv", [{"path": f"{n}.mp4", "text": t} for n, t in (("a", LONG * 9), ("b", SHORT))])
+  config = DataConfig(patch=(2, 8, 8), row_tokens=400)
+  pipeline = Pipeline(build(root / "meta.csv"), config, batch_spec(config), str.split)
+  (line,) = [line for line in str(pipeline.report()).splitlines() if line.startswith("captions ")]
+  assert line == f"captions    {(LONG * 9)[:57]}... | {SHORT}"
+  assert pipeline.report().as_dict()["captions"] == [LONG * 9, SHORT]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import check
+from data_pipelines.sources.base import SampleInfo
 from data_pipelines.sources.synthetic import SyntheticSource
 from sora_jax.packing.geometry import ClipSpec
 from tests.datasets import TEXTS, build, make_plain
@@ -129,6 +130,7 @@ def raises(error):
     ({"changes": {"height": 0}}, "height is 0, no whole number"),
     ({"changes": {"fps": float("nan")}}, "fps is nan, no rate"),
     ({"changes": {"num_frames": 2, "fps": 0.0}}, "fps is 0 with 2 frames"),
+    ({"changes": {"label": "cat"}}, "label is 'cat', no whole number"),
     ({"info": lambda i: {"id": i}}, "info(0): is a dict, no SampleInfo"),
     ({"load": raises(KeyError("x"))}, "load raises KeyError"),
     ({"load": raises(check.UnreadableError("empty"))}, "cannot be read at 0.00 s: empty"),
@@ -142,3 +144,31 @@ def test_each_fault_has_its_line(parts, line):
   assert list(check.check_source(Faulty())) == []
   lines = list(check.check_source(Faulty(**parts)))
   assert any(line in found for found in lines), lines
+
+
+class Latents:
+  """Larger than pixels are looked at."""
+
+  name, rejects, encoder_hash, channels = "latents", [], "vae-1", 4
+
+  def __init__(self, made: int = 4, dtype: str = "float16"):
+    self.made, self.dtype = made, dtype
+
+  def __len__(self):
+    return 3
+
+  def info(self, i):
+    return SampleInfo(id=i, name=str(i), num_frames=3, height=200, width=300, fps=8.0, captions=("a box",))
+
+  def load(self, i, spec, start_s=0.0):
+    return np.zeros((spec.num_frames, spec.height, spec.width, self.made), self.dtype)
+
+  def fingerprint(self):
+    return "latents"
+
+
+def test_latents_are_checked_as_such():
+  assert list(check.check_source(Latents())) == []
+  for wrong, line in (({"made": 5}, "load gives float16("), ({"dtype": "uint8"}, "load gives uint8(")):
+    lines = list(check.check_source(Latents(**wrong)))
+    assert len(lines) == 3 and all(line in found and "for floats(" in found for found in lines), lines

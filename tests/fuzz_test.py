@@ -75,11 +75,10 @@ def watched(root: Path):
   real = os.path.realpath(root)
   index = os.path.join(os.path.dirname(real), "index")
   system = (index, sys.prefix, sys.base_prefix, os.path.dirname(os.__file__), "/proc", "/sys", "/dev", "/usr")
-  for path in opened:
-    path = os.path.realpath(path)
-    assert path.startswith((real, *map(os.path.realpath, system))) or path.endswith((".py", ".pyc", ".so")), (
-      path
-    )
+  for path in map(os.path.realpath, opened):
+    is_code = path.endswith((".py", ".pyc", ".so"))
+    is_package = os.path.dirname(path).endswith((".egg-info", ".dist-info"))  # asked which sources it has
+    assert is_code or is_package or path.startswith((real, *map(os.path.realpath, system))), path
 
 
 @contextlib.contextmanager
@@ -111,6 +110,10 @@ def seeds(tmp_path_factory, plain) -> dict[str, bytes]:
   write_json(folder / "list.jsonl", records, lines=True)
   pq.write_table(pa.Table.from_pylist(records), folder / "list.parquet")
   (folder / "data.txt").write_text(".,list.json\n")
+  (folder / "set.toml").write_text(
+    "[general]\ncaption_extension = '.txt'\n[[datasets]]\nvideo_directory = '.'\n"
+    "[[datasets]]\nvideo_jsonl_file = 'list.jsonl'\n"
+  )
   (folder / "train_list.txt").write_text("a.mp4 0\nb.mp4 1\n")
   (folder / "videos.txt").write_text("a.mp4\nb.mp4\n")
   with tarfile.open(folder / "set.tar", "w") as tar:
@@ -165,8 +168,9 @@ def run_case(case: int, root: Path, seeds: dict[str, bytes], plain) -> str:
   for clip in TEXTS:
     (root / f"{clip}.mp4").write_bytes(clip_bytes(plain, clip))
   (root / "link.mp4").symlink_to(root.parent / OUTSIDE)
-  for file in ("list.json",) if name == "data.txt" else ("prompts.txt",) if name == "videos.txt" else ():
-    (root / file).write_bytes(seeds.get(file, b"one\ntwo\n"))
+  also = {"data.txt": "list.json", "videos.txt": "prompts.txt", "set.toml": "list.jsonl"}.get(name)
+  if also:
+    (root / also).write_bytes(seeds.get(also, b"one\ntwo\n"))
   is_json = name == "list.json" and rng.random() < 0.7
   (root / name).write_bytes((mutate_json if is_json else mutate)(rng, seeds[name]))
   is_folder = name in ("a.mp4", "a.txt", "a.json")

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+import re
 
 import jax
 import numpy as np
@@ -76,6 +77,24 @@ def test_weights_and_epochs_without_repeats(weights):
       assert sorted(epochs[epoch]) == list(range(first, first + size))
     assert len(set(epochs[max(epochs)])) == len(epochs[max(epochs)])
   assert drawn(make(sources=sources), 150) == seen
+
+
+def test_padding_is_judged_by_what_is_seen():
+  """Few samples of great weight, of which two do not fit into a row."""
+  large = {**CLIPS, "num_samples": 40, "seed": 5, "weight": 9}
+  sources = {"large": large, "stills": {**STILLS, "num_samples": 4000, "weight": 1}}
+  keys = {"row_tokens": 45, "max_tokens": 45, "sources": sources}
+  wasteful = make(**keys).report()
+  padding = wasteful.packing["best_fit"]["padding"]
+  assert padding > 0.1 and wasteful.remedies
+  for told in wasteful.remedies:
+    promised = float(re.match(r"about ([\d.]+) % with data", told)[1]) / 100
+    found = re.findall(r"data\.(\w+)=([\d.]+)", told)
+    changes = {key: float(value) if "." in value else int(value) for key, value in found}
+    better = make(**keys | changes).report().packing["best_fit"]["padding"]
+    assert better == pytest.approx(promised, abs=0.02) and promised < padding - 0.01
+  frugal = make(**keys, max_padding=0.03)
+  assert frugal.max_tokens < 45 and frugal.report().packing["best_fit"]["padding"] < padding / 2
 
 
 def test_without_weights_each_sample_is_seen_as_often():

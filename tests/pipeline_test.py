@@ -36,17 +36,17 @@ def tokenize(text: str) -> list[int]:  # at the top of the module, so that worke
 
 
 class Flaky:
-  """Synthetic samples of which every fifth cannot be read."""
+  """Synthetic samples of which one in so many cannot be read."""
 
-  def __init__(self, num_samples: int):
-    self._source = SyntheticSource(num_samples)
+  def __init__(self, num_samples: int, one_in: int = 5):
+    self._source, self._one_in = SyntheticSource(num_samples), one_in
     self.name, self.rejects, self.info = "flaky", [], self._source.info
 
   def __len__(self):
     return len(self._source)
 
   def load(self, i, spec, start_s=0.0):
-    if i % 5 == 0:
+    if i % self._one_in == 0:
       raise UnreadableError("gone", f"sample {i}")
     return self._source.load(i, spec, start_s)
 
@@ -127,6 +127,14 @@ def test_a_sample_that_cannot_be_read_becomes_counted_padding(caplog):
   assert sorted(pipeline.loader.failed) == [f"synthetic-{i:06d}" for i in range(0, 30, 5)]
   told = [r.message for r in caplog.records if "cannot be read" in r.message]
   assert len(told) == 6 and "gone: sample" in told[0]  # once each
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_is_learned_from_padding_alone(workers):
+  with pytest.raises(ValueError, match="flaky: .. of the last .. samples could not be read, ") as e:
+    take(make(Flaky(30, one_in=1), workers=workers), 40)
+  assert "\n" not in str(e.value)
+  assert len(take(make(Flaky(30, one_in=3)), 60)) == 60  # a third
 
 
 def test_held_out_samples_are_apart_and_stay_so():

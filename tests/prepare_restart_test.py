@@ -119,10 +119,28 @@ def survive(data, whole, out, kills, seed, more=()) -> None:
     hits += kill_at(data, out, rng.randrange(total), rng.random() * 0.05, whole_group=group, more=more)
     check_no_half(out, whole)
   assert hits  # points near the end may come too late
-  time.sleep(1.0)  # workers whose parent was killed end by themselves
+  time.sleep(1.0)  # workers whose parent was killed end by themselves, in silence
+  if not more:
+    assert "Traceback" not in (log := out.with_suffix(".log").read_text()), log
   finish(data, out, *more)
   assert contents(out) == whole
   assert not list(out.rglob("*.part"))
+
+
+def test_stopped_by_hand_goes_on_from_there(undisturbed, tmp_path):
+  (data, whole), out = undisturbed, tmp_path / "out"
+  process, limit = start(data, out), time.monotonic() + 300
+  while not steps_done(out):
+    assert process.poll() is None and time.monotonic() < limit
+    time.sleep(0.002)
+  os.killpg(process.pid, signal.SIGINT)  # ^C reaches the workers too
+  assert process.wait(60) == 130
+  time.sleep(1.0)
+  log = out.with_suffix(".log").read_text()
+  assert log.endswith("stopped: the same command goes on from here\n") and "Traceback" not in log, log
+  assert "died" not in log and "crashed" not in log, log
+  finish(data, out)
+  assert contents(out) == whole
 
 
 def test_killed_twice(undisturbed, tmp_path):

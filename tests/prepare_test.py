@@ -311,6 +311,22 @@ def test_nothing_left_is_an_error_with_a_report(tmp_path):
   assert "black" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_what_is_read_is_never_written_over(tmp_path, hooks):
+  pixels, latents = tmp_path / "pixels", tmp_path / "latents"
+  run_inline(make_set(tmp_path / "data", clips=1), pixels)
+  whole = contents(pixels)
+  for source, out in ((pixels, pixels), (f"{pixels}/", tmp_path / "data" / ".." / "pixels")):
+    with pytest.raises(ValueError, match="is what is read: what is written would take its place"):
+      run_inline(source, out, durations=(1,))
+  assert contents(pixels) == whole
+  stages = ("probe", "cut", "resize", "encode_latents", "write")
+  run_inline(tmp_path / "data", latents, stages=stages, latents="my_hooks:Pool", frame_step=4)
+  with pytest.raises(
+    ValueError, match="latents holds latents of encoder pool-v1: only pixels can be prepared"
+  ):
+    run_inline(latents, tmp_path / "again")
+
+
 def test_two_runs_do_not_share_an_output(tmp_path):
   data, out = make_set(tmp_path / "data", clips=1), tmp_path / "out"
 

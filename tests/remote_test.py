@@ -1,6 +1,8 @@
 """Sets in an object store read as on disk; sources that packages announce."""
 
+import io
 import json
+import tarfile
 import uuid
 
 import fsspec
@@ -8,6 +10,8 @@ import numpy as np
 import pytest
 
 from data_pipelines.pipeline import DataConfig, build_source
+from data_pipelines.sources import remote
+from data_pipelines.sources.base import ReadOptions
 from sora_jax.packing.geometry import ClipSpec
 from tests.datasets import TEXTS, clip_bytes, make_plain
 
@@ -61,6 +65,53 @@ def test_tables(store, plain, tmp_path, name):
     lines = ["file_name,text", *(f'{r["file_name"]},"{r["text"]}"' for r in records)]
   put(store, {name: "\n".join(lines).encode()})
   assert_same(build(f"{store}/{name}", tmp_path), plain)
+
+
+def tar_of(members) -> bytes:
+  out = io.BytesIO()
+  with tarfile.open(fileobj=out, mode="w") as archive:
+    for name, content in members.items():
+      info = tarfile.TarInfo(name)
+      info.size = len(content)
+      archive.addfile(info, io.BytesIO(content))
+  return out.getvalue()
+
+
+@pytest.mark.parametrize("scheme", ["memory", "file"])
+def test_tars_are_read_in_place(plain, tmp_path, scheme):
+  address = f"memory://{uuid.uuid4().hex}/set" if scheme == "memory" else (tmp_path / "set").as_uri()
+  (tmp_path / "set").mkdir()
+  clips = {n: clip_bytes(plain, n) for n in TEXTS}
+  one = {"long/" * 30 + "a.mp4": clips["a"], "long/" * 30 + "a.txt": TEXTS["a"].encode()}
+  two = {"b.json": json.dumps({"caption": TEXTS["b"]}).encode(), "b.mp4": clips["b"]}
+  put(address, {"9.tar": tar_of(one), "10.tar": tar_of(two)})
+  source = build(address, tmp_path)
+  assert source.form == "tar" and "://" in source.entry(0).path and source.entry(0).span[1] == len(clips["a"])
+  assert_same(source, plain)
+  put(address, {"all.tar": tar_of(one | two)})
+  assert_same(build(f"{address}/all.tar", tmp_path), plain)
+  put(address, {"short.tar": tar_of(two | one)[: len(clips["b"]) + 4000]})
+  source = build(f"{address}/short.tar", tmp_path)
+  assert source.info(0).captions == (TEXTS["b"],) and source.rejects[0][1].startswith("truncated: ")
+  put(address, {"none.tar": b"\x1f\x8b" + bytes(2000)})
+  with pytest.raises(ValueError, match=rf"^{address}/none.tar is compressed"):
+    build(f"{address}/none.tar", tmp_path)
+
+
+def test_of_a_tar_only_headers_and_captions_are_fetched(plain, tmp_path, monkeypatch):
+  address, fetched = f"memory://{uuid.uuid4().hex}/set", []
+  noise = np.random.default_rng(0).bytes(2**20)
+  put(address, {"all.tar": tar_of({"a.mp4": noise, "a.txt": b"x", "b.mp4": noise, "b.txt": b"y"})})
+  read = remote._Copied.read
+
+  def counted(self, count):
+    data = read(self, count)
+    fetched.append(len(data))
+    return data
+
+  monkeypatch.setattr(remote._Copied, "read", counted)
+  form, found = remote.read(f"{address}/all.tar", ReadOptions())
+  assert [e.captions for e in found.entries] == [("x",), ("y",)] and 0 < sum(fetched) < 10_000
 
 
 def test_what_is_wrong_is_named_by_its_address(store, tmp_path):

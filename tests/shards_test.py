@@ -19,11 +19,14 @@ from data_pipelines.sources import shards
 from data_pipelines.sources.files import FileSource
 from data_pipelines.sources.shards import ShardSource
 from sora_jax.packing.geometry import ClipSpec
+from tests.batches import assert_same, take
 from tests.prepared import make_set, moving, run_inline
 
 ENCODER = """
 class Pool:
-  hash, factors = "pool-v1", (1, 8, 8)
+  hash, factors, channels = "pool-v1", (1, 8, 8), 3
+  def latent_frames(self, num_frames):
+    return num_frames
   def encode(self, frames):
     t, h, w, c = frames.shape
     return frames.reshape(t, h // 8, 8, w // 8, 8, c).mean((2, 4)) / 127.5 - 1
@@ -53,6 +56,10 @@ def latents(tmp_path_factory):
     run_inline(data, folder / "out", stages=stages, latents="shard_encoder:Pool")
     run_inline(data, folder / "pixels", stages=("probe", "resize", "write"), codec="raw")
   return folder / "out", folder / "pixels"
+
+
+def tokenize(text: str) -> list[int]:
+  return [1] * len(text.split())
 
 
 def whole(source, i):
@@ -104,6 +111,15 @@ def test_the_index_alone_answers(prepared, tmp_path):
   assert set(row["scores"]) >= {"motion", "luma"} and len(row["hashes"]) == 3
   with pytest.raises(UnreadableError, match="unreadable"):
     whole(source, 0)
+
+
+def test_little_of_the_index_stays_in_memory(prepared):
+  """Numbers, captions and names: of millions of samples every process holds as much."""
+  source = ShardSource(str(prepared[1]["jpeg"]))
+  kept = source._table.nbytes + sum(column.nbytes for column in source._columns.values())
+  rows = [source.row(i) for i in range(5)]
+  letters = sum(len(row["source"]) + sum(map(len, row["captions"])) for row in rows)
+  assert kept < letters + 5 * 80 + 100 and rows[3]["hashes"] and "motion" not in source._table.schema.names
 
 
 def test_they_are_array_records_that_others_can_read(prepared):
@@ -194,7 +210,7 @@ def test_copies_threads_and_the_checker(prepared):
 def test_batches_come_out_of_shards(prepared):
   _, folders = prepared
   config = DataConfig(source=str(folders["jpeg"]), patch=(1, 8, 8), rows=2, row_tokens=512, max_frames=8)
-  pipeline = Pipeline(build_source(config), config, batch_spec(config), lambda text: [1] * len(text.split()))
+  pipeline = Pipeline(build_source(config), config, batch_spec(config), tokenize)
   batches = pipeline.batches()
   seen = [next(batches) for _ in range(4)]
   assert all(batch.unreadable_B.sum() == 0 for batch in seen)
@@ -232,6 +248,35 @@ def test_latents_of_another_encoder_are_refused(latents):
   assert (
     build_source(DataConfig(source=str(out), source_kwargs={"encoder": "pool-v1"})).encoder_hash == "pool-v1"
   )
+
+
+def test_latents_made_now_or_before_give_the_same_batches(latents):
+  """Through shards both: of exact pixels, and of what was made of them."""
+  stored, pixels = latents
+  keys = {"latent_channels": 3, "patch": (1, 1, 1), "rows": 2, "row_tokens": 512}
+
+  def batches(source, encoder):
+    config = DataConfig(source=str(source), latents=encoder, **keys)
+    return take(Pipeline(build_source(config), config, batch_spec(config), tokenize), 4)
+
+  for now, before in zip(batches(pixels, "shard_encoder:Pool"), batches(stored, "pool-v1")):
+    assert (now.segment_BL > 0).any() and not now.unreadable_B.any()
+    assert_same(now, before)
+
+
+def test_latents_of_other_channels_are_refused(latents):
+  out, _ = latents
+  config = DataConfig(source=str(out), latents="pool-v1", latent_channels=4, patch=(1, 1, 1))
+  with pytest.raises(ValueError, match="holds latents of 3 channels, data.latent_channels is 4"):
+    Pipeline(build_source(config), config, batch_spec(config), str.split)
+
+
+def test_a_set_that_is_not_finished_says_so(prepared, tmp_path):
+  _, folders = prepared
+  shutil.copytree(folders["jpeg"], tmp_path / "set")
+  (tmp_path / "set" / "shards.json").unlink()
+  with pytest.raises(ValueError, match="set holds shards that are not finished: run its preparation again"):
+    build_source(DataConfig(source=str(tmp_path / "set")))
 
 
 def test_what_is_damaged_is_one_sample_or_one_line(prepared, tmp_path):

@@ -75,6 +75,9 @@ def main(argv: Sequence[str]) -> int:
   except (ValueError, OSError) as e:
     print(f"error: {str(e).replace('--config.data.', '--')}", file=sys.stderr)
     return 2
+  except KeyboardInterrupt:
+    print("stopped: the same command goes on from here", file=sys.stderr)
+    return 130
 
 
 def _main(argv: Sequence[str]) -> int:

@@ -41,7 +41,7 @@ def run(todo: Sequence[Task], job: Job, *, workers: int, limit_s: float, label: 
       progress.show()
   finally:
     for worker in crew:
-      worker.close()
+      worker.stop()
   if errors:
     raise errors[0]
   progress.show(is_last=True)

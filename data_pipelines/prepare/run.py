@@ -51,6 +51,10 @@ def prepare(data: DataConfig, config: PrepareConfig, out: Path, run: Runner) -> 
     for key in ("caption", "latents", "text")
     if (name := getattr(config, key))
   )
+  if os.path.realpath(os.path.expanduser(data.source)) == os.path.realpath(out):
+    raise ValueError(
+      f"--output={out} is what is read: what is written would take its place; give another one"
+    )
   items, rejects, source = _inputs(data)
   limits = Limits(min_size=data.min_size, max_aspect=data.max_aspect, decode_limit_s=data.decode_limit_s)
   job = Job(out, source, config, limits, max(1, len(items) // _PICTURED))
@@ -116,6 +120,8 @@ def _inputs(data: DataConfig) -> tuple[list[Item], list[tuple[str, str]], Any]:
   located = registry.locate(data)
   if isinstance(located, Located):
     return items_of_entries(located.found.entries), list(located.found.rejects), None
+  if held := getattr(located, "encoder_hash", ""):
+    raise ValueError(f"{located.name} holds latents of encoder {held}: only pixels can be prepared")
   return items_of_source(located), list(located.rejects), located
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines import shard_bytes
+from data_pipelines.sources import shards
 
-FOLDER = ".prepare"
+FOLDER = shards.STATE
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """A worker process that may die or hang: that costs the sample it was at, never the run."""
 
 import collections
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -30,9 +31,11 @@ class WorkerDiedError(Exception):
 class Worker:
   def __init__(self, job: Job, limit_s: float):
     self._job, self._limit_s = job, limit_s
-    self._process = None
+    self._process, self.is_stopped = None, False
 
   def run(self, task: Task, on_sample: Callable[[str], None]) -> None:
+    if self.is_stopped:
+      raise WorkerDiedError("", "stopped")
     if self._process is None:
       self._start()
     at = ""
@@ -48,18 +51,28 @@ class Worker:
       raise WorkerDiedError(at, self._cause()) from e
 
   def close(self) -> None:
-    if self._process is not None:
-      self._process.kill()
-      self._process.join()
+    process, self._process = self._process, None  # one of two threads has it
+    if process is not None:
+      process.kill()
+      process.join()
       self._connection.close()
-      self._process = None
+
+  def stop(self) -> None:
+    """For good: its end is no death."""
+    self.is_stopped = True
+    self.close()
 
   def _start(self) -> None:
     context = multiprocessing.get_context("spawn")
     self._connection, theirs = context.Pipe()
-    self._process = context.Process(target=_serve, args=(theirs, self._job, os.getpid()), daemon=True)
-    self._process.start()
+    process = context.Process(target=_serve, args=(theirs, self._job, os.getpid()), daemon=True)
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # ^C is the parent's from the very start
+    process.start()
+    signal.pthread_sigmask(signal.SIG_SETMASK, held)
+    self._process = process
     theirs.close()
+    if self.is_stopped:
+      self.close()
     try:
       self._receive(_START_LIMIT_S, "")
     except (EOFError, OSError) as e:
@@ -72,8 +85,11 @@ class Worker:
     return self._connection.recv()
 
   def _cause(self) -> str:
-    self._process.join(10)
-    code = self._process.exitcode
+    process = self._process
+    if process is None:
+      return "crashed: the worker process was ended"
+    process.join(10)
+    code = process.exitcode
     self.close()
     if code is None or code >= 0:
       return f"crashed: the worker process ended with code {code}"
@@ -91,6 +107,8 @@ def supervise(worker: Worker, task: Task, job: Job, on_sample: Callable[[str], N
       worker.run(task, on_sample)
       return
     except WorkerDiedError as e:
+      if worker.is_stopped:
+        return
       deaths[e.at] += 1
       print(f"prepare: {tasks.name_of(task)}: {e.why} (sample {e.at or 'not begun'})", file=sys.stderr)
       if not e.at:
@@ -102,7 +120,12 @@ def supervise(worker: Worker, task: Task, job: Job, on_sample: Callable[[str], N
 
 def _serve(connection, job: Job, parent: int) -> None:
   threading.Thread(target=_follow, args=(parent,), daemon=True).start()
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is the parent's to handle
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the parent is gone, and nobody to tell
+    _work(connection, job)
+
+
+def _work(connection, job: Job) -> None:
   connection.send(("ready",))
   while True:
     try:

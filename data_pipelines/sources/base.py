@@ -85,7 +85,8 @@ class Source(Protocol):
   """Random access to samples; must pickle, since worker processes hold it.
 
   A source of millions also has `sizes() -> Sizes`, memory-mapped if it likes: planning then asks no `info`.
-  One of latents has `encoder_hash`, not empty; its sizes count latent cells and `load` gives floats.
+  One of latents has `encoder_hash`, not empty, and mostly `channels`; its sizes count latent cells and `load`
+  gives floats.
   One with embeddings of its captions has `text_encoder_hash`, `text(i, k)`, that of caption k, and
   `text_tokens(i, k)`, its length; each may be None where that is not known.
   """

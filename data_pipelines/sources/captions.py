@@ -1,7 +1,7 @@
 """Where a caption stands, in a record or beside a file."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,16 @@ COLUMNS = (
   *("long_caption", "short_caption", "description", "descriptions", "alt_text", "internvl", "usr"),
 )
 
+SUFFIXES = (".txt", ".caption", ".json")  # of a file beside a medium, in order of preference
+
 
 def clean(value: Any) -> tuple[str, ...]:
-  """One text or several, white space evened out, empty ones dropped."""
+  """One text or several, by name too ({"long": ..., "short": ...}), white space evened out, no empty ones."""
+  if isinstance(value, Mapping):
+    value = list(value.values())
   values = value if isinstance(value, (list, tuple)) else [value]
-  texts = (" ".join(str(v).split()) for v in values if v is not None)
+  is_nan = [isinstance(v, float) and v != v for v in values]  # how tables say that there is none
+  texts = (" ".join(str(v).split()) for v, nan in zip(values, is_nan) if v is not None and not nan)
   return tuple(t for t in texts if t)
 
 
@@ -63,8 +68,8 @@ def of_json(text: str, where: str, column: str = "") -> tuple[str, ...]:
 def beside(
   path: Path, root: Path, *, allow_outside_root: bool, folder: Path | None = None, column: str = ""
 ) -> tuple[str, ...]:
-  """Of a.txt, else a.json, beside a.mp4 or in another folder; none where neither is there."""
-  for suffix in (".txt", ".json"):
+  """Of a.txt, a.caption or a.json beside a.mp4 or in another folder; none where none is there."""
+  for suffix in SUFFIXES:
     text = (folder or path.parent) / (path.stem + suffix)
     if not text.exists() and not text.is_symlink():
       continue
@@ -73,7 +78,7 @@ def beside(
       content = Path(resolved).read_text(encoding="utf-8-sig", errors="replace")
     except OSError as e:
       raise UnreadableError("caption_unreadable", e.strerror or "") from e
-    return clean(content) if suffix == ".txt" else of_json(content, text.name, column)
+    return of_json(content, text.name, column) if suffix == ".json" else clean(content)
   return ()
 
 

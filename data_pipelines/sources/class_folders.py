@@ -11,6 +11,12 @@ from data_pipelines.sources import captions, frame_folders, paths
 from data_pipelines.sources.base import Entry, Found, ReadOptions, UnreadableError
 from data_pipelines.sources.folder import is_media
 
+# What folders are called that divide a set by kind or split: a clip in videos/ does not show "videos".
+_NO_CLASSES = {
+  *("video", "videos", "image", "images", "clips", "media", "data"),
+  *("train", "val", "valid", "validation", "test"),
+}
+
 
 def class_caption(name: str) -> str:
   words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
@@ -19,22 +25,28 @@ def class_caption(name: str) -> str:
 
 def detect(root: Path) -> str:
   """ "frames" or "classes" where the folder is of that kind and has no captions of its own."""
-  kinds = set()
+  kinds, names = set(), set()
   for path, subfolders, files in os.walk(root):
     subfolders[:] = [s for s in sorted(subfolders) if not s.startswith(".")]
     files = [f for f in files if not f.startswith(".")]
     media = [f for f in files if is_media(f)]
     if not media:
       continue
-    stems = {os.path.splitext(f)[0] for f in files if f.endswith((".txt", ".json"))}
+    stems = {os.path.splitext(f)[0] for f in files if f.endswith(captions.SUFFIXES)}
     depth = len(Path(path).relative_to(root).parts)
     is_captioned = any(os.path.splitext(f)[0] in stems for f in media)
     if depth == 0 or is_captioned:
       return ""
+    names.add(Path(path).name)
     kinds.add("frames" if frame_folders.looks_like_frames(files) else "classes" if depth == 1 else "")
   if "" in kinds or not kinds or len(kinds) > 1:
     return ""
-  return kinds.pop()
+  kind = kinds.pop()
+  return "" if kind == "classes" and not _are_classes(names) else kind
+
+
+def _are_classes(names: set[str]) -> bool:
+  return len(names) > 1 and not names <= _NO_CLASSES
 
 
 def read_classes(root: Path, options: ReadOptions) -> Found:
@@ -50,20 +62,20 @@ def read_classes(root: Path, options: ReadOptions) -> Found:
 
 
 def read_frames(root: Path, options: ReadOptions) -> Found:
-  """Every folder that holds images is a clip; with folders around it, those are its class."""
-  found, labels = Found(root, [], []), {}
+  """Every folder that holds images is a clip; with folders around it, several, those are its class."""
+  clips = []
   for folder, subfolders, files in os.walk(root):
     subfolders[:] = sorted((s for s in subfolders if not s.startswith(".")), key=paths.natural_key)
     if not any(frame_folders.is_image(f) and not f.startswith(".") for f in files):
       continue
-    path = Path(folder)
-    parents = path.relative_to(root).parts[:-1]
-    caption, label = (), -1
-    if parents:
-      caption = (class_caption(parents[0]),)
-      label = labels.setdefault(parents[0], len(labels))
-    _add(found, path, caption, label, options)
-  remedy = "put clip_1.txt beside the folder clip_1"
+    clips.append((Path(folder), (*Path(folder).relative_to(root).parts[:-1], "")[0]))
+  found, labels = Found(root, [], []), {}
+  has_classes = _are_classes({name for _, name in clips if name})
+  for path, name in clips:
+    is_of_class = has_classes and bool(name)
+    label = labels.setdefault(name, len(labels)) if is_of_class else -1
+    _add(found, path, (class_caption(name),) if is_of_class else (), label, options)
+  remedy = "put clip_1.txt beside the folder clip_1, set data.format=classes where each image is a sample"
   captions.require(found.entries, str(root), remedy, captions_optional=options.captions_optional)
   return found
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from data_pipelines.sources import captions, paths
 from data_pipelines.sources.base import Entry, Found, ReadOptions, UnreadableError
 from data_pipelines.sources.frame_folders import IMAGE_SUFFIXES
+from data_pipelines.sources.records import SUFFIXES
 
 # Names only choose what is looked into; what a file is, its content says.
 MEDIA_SUFFIXES = IMAGE_SUFFIXES | frozenset(
@@ -32,7 +33,7 @@ def read(root: Path, options: ReadOptions, *, media: Path | None = None, texts: 
       path = Path(folder, file)
       name = paths.relative_name(os.path.abspath(path), root)
       if not is_media(file):
-        if path.suffix.lower() not in (".txt", ".json"):
+        if path.suffix.lower() not in captions.SUFFIXES:
           rejects.append((name, "not_media"))
         continue
       try:
@@ -49,5 +50,14 @@ def read(root: Path, options: ReadOptions, *, media: Path | None = None, texts: 
     reasons = f" ({len(rejects)} other files)" if rejects else ""
     raise ValueError(f"{root} holds no video or image{reasons}: give a folder of media files or a manifest")
   remedy = "put a.txt beside a.mp4, give a metadata.csv"
+  if tables := _tables_of(root, entries):
+    remedy = f"set data.source to the table there, {paths.listed(tables, 3)}, put a.txt beside a.mp4"
   captions.require(entries, str(root), remedy, captions_optional=options.captions_optional)
   return Found(root, entries, rejects)
+
+
+def _tables_of(root: Path, entries: list[Entry]) -> list[str]:
+  """Tables by names that none has by itself, so that they were not read."""
+  stems = {Path(entry.name).stem for entry in entries}
+  tables = [f for f in root.iterdir() if f.suffix.lower() in (*SUFFIXES, ".toml") and f.stem not in stems]
+  return sorted(f.name for f in tables if not f.name.startswith("."))

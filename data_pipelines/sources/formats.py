@@ -3,7 +3,16 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from data_pipelines.sources import caption_folders, class_folders, folder, list_files, manifest, paths, tar
+from data_pipelines.sources import (
+  caption_folders,
+  class_folders,
+  folder,
+  list_files,
+  manifest,
+  paths,
+  tar,
+  trainer_tables,
+)
 from data_pipelines.sources.base import Found, ReadOptions, UnreadableError
 from data_pipelines.sources.records import PICKLES, SUFFIXES
 
@@ -43,6 +52,7 @@ READERS: dict[str, Reader] = {
   "classes": class_folders.read_classes,
   "frames": class_folders.read_frames,
   "tar": tar.read,
+  "toml": trainer_tables.read,
   "folder": folder.read,
 }
 
@@ -65,11 +75,13 @@ def detect_file(path: Path) -> str:
     return "manifest"
   if suffix == ".tar" or path.name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
     return "tar"
+  if suffix == ".toml":
+    return "toml"
   if suffix == ".txt":
     if list_files.pair_of(path):
       return "pair"
     return "tables" if list_files.is_table_list(path) else "list"
-  raise ValueError(f"data.source={str(path)!r} is no folder and no {' '.join(SUFFIXES)} .txt .tar file")
+  raise ValueError(f"data.source={str(path)!r} is no folder and no {' '.join(SUFFIXES)} .txt .toml .tar file")
 
 
 def detect_folder(path: Path, options: ReadOptions) -> tuple[Path, str]:
@@ -89,4 +101,9 @@ def detect_folder(path: Path, options: ReadOptions) -> tuple[Path, str]:
     return path, "manifest"
   if tar.archives_of(path) and not any(folder.is_media(f.name) for f in files):
     return path, "tar"
+  if below := sorted(f.relative_to(path) for f in path.glob("*/metadata.*") if f.name in _INSIDE):
+    raise ValueError(
+      f"{path} has tables in its folders, of a split each: {paths.listed(below, 5)}: set data.source to one "
+      "of them, or data.sources to several, or data.format to read the files without them"
+    )
   return path, class_folders.detect(path) or "folder"

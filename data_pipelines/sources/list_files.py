@@ -138,7 +138,7 @@ def _renamed(entry: Entry, root: Path) -> Entry:
 
 def _lines(path: Path, *, keep_empty: bool = False) -> list[str]:
   try:
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
   except UnicodeDecodeError as e:
     raise ValueError(f"{path} is not UTF-8 (byte {e.start}): convert it") from e
   while lines and not lines[-1]:

@@ -57,6 +57,7 @@ class MixedSource:
       told = ", ".join(f"{name} {'latents of ' + h if h else 'pixels'}" for h, name in hashes.items())
       raise ValueError(f"data.sources mixes what one model cannot see at once: {told}")
     (self.encoder_hash,) = hashes
+    self.channels = getattr(self._sources[0], "channels", 0)
     self.text_encoder_hashes = tuple(
       dict.fromkeys(getattr(source, "text_encoder_hash", "") for source in self._sources)
     )

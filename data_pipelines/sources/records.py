@@ -1,6 +1,7 @@
 """The records of a .csv, .tsv, .json, .jsonl or .parquet file."""
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,26 @@ def read_records(manifest: Path) -> list[Record]:
   except OSError as e:
     raise ValueError(f"cannot read {manifest}: {e.strerror}") from e
   if suffix in (".csv", ".tsv"):
-    csv.field_size_limit(2**24)
-    delimiter = "\t" if suffix == ".tsv" else ","
-    try:
-      rows = list(csv.DictReader(text.splitlines(True), delimiter=delimiter, skipinitialspace=True))
-    except csv.Error as e:
-      raise ValueError(f"{manifest} is not a CSV file: {e}") from e
-    return [{(k or "").strip(): v for k, v in row.items()} for row in rows]
+    return _read_csv(manifest, text, "\t" if suffix == ".tsv" else ",")
   return _read_json(manifest, text, lines=suffix == ".jsonl")
+
+
+def _read_csv(manifest: Path, text: str, delimiter: str) -> list[Record]:
+  csv.field_size_limit(2**24)
+  # Not by splitlines: captions have separators of their own, such as U+2028.
+  reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+  rows = []
+  try:
+    for row in reader:
+      if any(cell.strip() for cell in row.pop(None, ())):
+        raise ValueError(
+          f"{manifest}, line {reader.line_num}: more cells than the {len(reader.fieldnames)} columns "
+          f"{paths.listed(reader.fieldnames)}: a text with a {delimiter!r} in it needs quotes"
+        )
+      rows.append({(k or "").strip(): v for k, v in row.items()})
+  except csv.Error as e:
+    raise ValueError(f"{manifest} is not a CSV file: {e}") from e
+  return rows
 
 
 def _read_json(manifest: Path, text: str, *, lines: bool) -> list[Record]:

@@ -9,6 +9,7 @@ import json
 import os
 import threading
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import fsspec
@@ -24,6 +25,7 @@ from sora_jax.packing.geometry import ClipSpec
 
 FORMAT, VERSION = "sora_jax shards", 1
 INDEX, ABOUT = "index.parquet", "shards.json"
+STATE = ".prepare"  # folder of a preparation
 _MAX_OPEN = 128
 _MAY_BE_EMPTY = ("crop", "text_tokens")  # cells of the index
 PIXELS = ""  # encoder of a set that holds pixels
@@ -41,11 +43,21 @@ SCHEMA = pa.schema(
   ]
 )  # fmt: skip
 
+# Columns that reading goes by, the only ones kept in memory; shards, of which there are few, as numbers.
+_NUMBERS = (
+  "num_frames", "height", "width", "channels", "fps", "label", "offset", "span", "crc32", "start_s"
+)  # fmt: skip
+_KEPT = ("shard", "captions", "source", "text_tokens", *_NUMBERS)
+
 
 def is_prepared(path: str) -> bool:
-  """A folder, or an address, with our description in it."""
+  """A folder, or an address, with our description in it; ValueError where that is yet to come."""
   if "://" not in path:
-    return os.path.isfile(os.path.join(os.path.expanduser(path), ABOUT))
+    folder = os.path.expanduser(path)
+    is_whole = os.path.isfile(os.path.join(folder, ABOUT))
+    if not is_whole and os.path.isdir(os.path.join(folder, STATE)):
+      raise ValueError(f"{path} holds shards that are not finished: run its preparation again, to the end")
+    return is_whole
   try:
     store, root = fsspec.url_to_fs(path)
     return store.exists(f"{root.rstrip('/')}/{ABOUT}")
@@ -71,26 +83,14 @@ class ShardSource:
     self._mark = shard_bytes.digest(index)
     if self._mark != about["index_checksum"]:
       raise ValueError(f"{path}: {INDEX} is not the one that {ABOUT} describes: run the preparation again")
-    try:
-      table = pq.read_table(pa.BufferReader(index), schema=SCHEMA)
-    except (pa.ArrowException, OSError, ValueError) as e:
-      raise ValueError(f"{path}/{INDEX}: {str(e).splitlines()[0]}") from e
-    _check_table(path, table)
+    self._table, self._last = _read_index(path, index, _KEPT), threading.local()
+    self._whole: pa.Table | None = None
     self.rejects: list[tuple[str, str]] = []
-    self._table, self._last = table, threading.local()
-    numbers = (
-      "num_frames",
-      "height",
-      "width",
-      "channels",
-      "fps",
-      "label",
-      "offset",
-      "span",
-      "crc32",
-      "start_s",
-    )
-    self._columns = {name: table[name].to_numpy() for name in numbers}
+    self._columns = {name: self._table[name].to_numpy() for name in _NUMBERS}
+    self.channels = int(self._columns["channels"][0])
+    if (self._columns["channels"] != self.channels).any():
+      raise ValueError(f"{path}/{INDEX}: column channels has several values")
+    self._table = self._table.drop_columns(list(_NUMBERS))
 
   def __reduce__(self):  # a worker process opens its own files
     return (_reopened, (self._path, self.encoder_hash, self._allow_outside_root))
@@ -119,8 +119,10 @@ class ShardSource:
     return Sizes(columns["num_frames"], columns["height"], columns["width"], columns["fps"])
 
   def row(self, i: int) -> dict[str, Any]:
-    """All that the index knows: source, start_s, stop_s, bucket, hashes, scores, ..."""
-    row = self._table.slice(i, 1).to_pylist()[0]
+    """All that the index knows: source, start_s, stop_s, bucket, scores, ...; read when first asked."""
+    if self._whole is None:
+      self._whole = _read_index(self.name, self._files.whole(INDEX), SCHEMA.names)
+    row = self._whole.slice(i, 1).to_pylist()[0]
     return row | {"scores": json.loads(row["scores"])}
 
   def load(self, i: int, spec: ClipSpec, start_s: float = 0.0) -> np.ndarray:
@@ -252,10 +254,20 @@ def _about(files: _Files, path: str) -> dict[str, Any]:
   return about
 
 
+def _read_index(path: str, index: bytes, names: Sequence[str]) -> pa.Table:
+  try:
+    table = pq.read_table(pa.BufferReader(index), schema=SCHEMA, columns=list(names))
+  except (pa.ArrowException, OSError, ValueError) as e:
+    raise ValueError(f"{path}/{INDEX}: {str(e).splitlines()[0]}") from e
+  _check_table(path, table)
+  at = table.schema.get_field_index("shard")
+  return table.set_column(at, "shard", table["shard"].dictionary_encode()).combine_chunks()
+
+
 def _check_table(path: str, table: pa.Table) -> None:
   if not len(table):
     raise ValueError(f"{path}/{INDEX} has no samples")
-  for name in SCHEMA.names:
+  for name in table.schema.names:
     if table[name].null_count and name not in _MAY_BE_EMPTY:
       raise ValueError(f"{path}/{INDEX}: column {name} has empty cells")
   for name, least in (("num_frames", 1), ("height", 1), ("width", 1), ("span", 1), ("offset", 0), ("fps", 0)):

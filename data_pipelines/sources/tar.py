@@ -9,7 +9,7 @@ import os
 import posixpath
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from data_pipelines.parts import Part
 from data_pipelines.sources import captions, paths
@@ -18,7 +18,7 @@ from data_pipelines.sources.folder import is_media
 from data_pipelines.sources.frame_folders import is_image
 
 _BLOCK = 512
-_MAX_TEXT = 2**20  # bytes of a caption, or of a long name
+MAX_TEXT = 2**20  # bytes of a caption, or of a long name
 _LINKS = b"12"
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
@@ -32,34 +32,38 @@ class Member(NamedTuple):
 
 def members(path: str | Path) -> Iterator[Member]:
   """Of an uncompressed archive, in order; ValueError where a header is damaged."""
-  end = os.path.getsize(path)
   with open(path, "rb") as f:
-    at, long_name, long_size = 0, None, None
-    while at + _BLOCK <= end:
-      f.seek(at)
-      header = f.read(_BLOCK)
-      if not header.strip(b"\0"):
-        return
-      if header.startswith(_COMPRESSED):
-        raise ValueError(f"{path} is compressed: members of it cannot be read at random; decompress it")
-      name, size, kind = _parse(header, path, at)
-      is_meta = kind in b"LxKgX"
-      if not is_meta and long_size is not None:
-        size = long_size
-      if at + _BLOCK + size > end:
-        raise ValueError(f"{path} is cut off: its member at byte {at} ends beyond the file")
-      if is_meta:
-        content = f.read(size) if size <= _MAX_TEXT else b""
-        if kind == b"L":
-          long_name = content.rstrip(b"\0").decode("utf-8", "replace")
-        elif kind in b"xX":
-          fields = _pax(content)
-          long_name = fields.get("path", long_name)
-          long_size = int(s) if (s := fields.get("size", "")).isdecimal() and len(s) < 20 else None
-      else:
-        yield Member(long_name or name, kind, at + _BLOCK, size)
-        long_name = long_size = None
-      at += _BLOCK + -(-size // _BLOCK) * _BLOCK
+    yield from walk(f, os.path.getsize(path), path)
+
+
+def walk(f: BinaryIO, end: int, path: str | Path) -> Iterator[Member]:
+  """The same of an open file of `end` bytes; only headers and long names are read."""
+  at, long_name, long_size = 0, None, None
+  while at + _BLOCK <= end:
+    f.seek(at)
+    header = f.read(_BLOCK)
+    if not header.strip(b"\0"):
+      return
+    if header.startswith(_COMPRESSED):
+      raise ValueError(f"{path} is compressed: members of it cannot be read at random; decompress it")
+    name, size, kind = _parse(header, path, at)
+    is_meta = kind in b"LxKgX"
+    if not is_meta and long_size is not None:
+      size = long_size
+    if at + _BLOCK + size > end:
+      raise ValueError(f"{path} is cut off: its member at byte {at} ends beyond the file")
+    if is_meta:
+      content = f.read(size) if size <= MAX_TEXT else b""
+      if kind == b"L":
+        long_name = content.rstrip(b"\0").decode("utf-8", "replace")
+      elif kind in b"xX":
+        fields = _pax(content)
+        long_name = fields.get("path", long_name)
+        long_size = int(s) if (s := fields.get("size", "")).isdecimal() and len(s) < 20 else None
+    else:
+      yield Member(long_name or name, kind, at + _BLOCK, size)
+      long_name = long_size = None
+    at += _BLOCK + -(-size // _BLOCK) * _BLOCK
 
 
 def _parse(header: bytes, path: str | Path, at: int) -> tuple[str, int, bytes]:
@@ -166,6 +170,6 @@ def _label(path: str, group: dict[str, Member]) -> int:
 
 
 def _text(path: str, member: Member) -> str:
-  if member.size > _MAX_TEXT:
+  if member.size > MAX_TEXT:
     raise UnreadableError("caption_unreadable", f"{member.name} has {member.size} bytes")
   return Part(path, member.offset, member.size).read().decode("utf-8-sig", "replace")

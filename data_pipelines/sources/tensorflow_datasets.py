@@ -6,6 +6,7 @@ TensorFlow, and so refused: the Video feature, whose very description needs it, 
 """
 
 import importlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,8 @@ def read(config: DataConfig) -> custom.ArraySource:
     }
     elements = builder.as_data_source(split, decoders=encoded or None)
   except Exception as e:  # noqa: BLE001, raises its own kinds, and ImportError where it wants TensorFlow
-    remedy = "; it needs TensorFlow, which is not used here" if "tensorflow" in str(e).lower() else ""
+    is_needed = re.search(r"tensorflow(?!.datasets)", str(e).lower())
+    remedy = "; it needs TensorFlow, which is not used here" if is_needed else ""
     told = str(e).strip().split("\n")[0][:300] or type(e).__name__
     where = f" in data.data_root={config.data_root}" if config.data_root else ""
     raise ValueError(f"data.source={config.source!r}{where} cannot be read: {told}{remedy}") from e
