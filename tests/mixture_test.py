@@ -82,12 +82,12 @@ def test_weights_and_epochs_without_repeats(weights):
 def test_padding_is_judged_by_what_is_seen():
   """Few samples of great weight, of which two do not fit into a row."""
   large = {**CLIPS, "num_samples": 40, "seed": 5, "weight": 9}
-  sources = {"large": large, "stills": {**STILLS, "num_samples": 4000, "weight": 1}}
+  sources = {"large": large, "stills": {**STILLS, "num_samples": 400, "weight": 1}}
   keys = {"row_tokens": 45, "max_tokens": 45, "sources": sources}
   wasteful = make(**keys).report()
   padding = wasteful.packing["best_fit"]["padding"]
   assert padding > 0.1 and wasteful.remedies
-  for told in wasteful.remedies:
+  for told in wasteful.remedies[:2]:
     promised = float(re.match(r"about ([\d.]+) % with data", told)[1]) / 100
     found = re.findall(r"data\.(\w+)=([\d.]+)", told)
     changes = {key: float(value) if "." in value else int(value) for key, value in found}
