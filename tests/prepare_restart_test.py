@@ -1,5 +1,6 @@
 """Killed, crashed, hung, in any number of processes: the same shards, and every sample accounted for."""
 
+import contextlib
 import json
 import os
 import random
@@ -133,14 +134,34 @@ def test_stopped_by_hand_goes_on_from_there(undisturbed, tmp_path):
   while not steps_done(out):
     assert process.poll() is None and time.monotonic() < limit
     time.sleep(0.002)
+  stop_by_hand(process, out)
+  finish(data, out)
+  assert contents(out) == whole
+
+
+def test_stopped_by_hand_while_the_workers_start(undisturbed, tmp_path):
+  out = tmp_path / "out"
+  process, limit = start(undisturbed[0], out), time.monotonic() + 300
+  while not is_starting_workers(process.pid):
+    assert process.poll() is None and time.monotonic() < limit
+    time.sleep(0.002)
+  stop_by_hand(process, out)
+
+
+def stop_by_hand(process: subprocess.Popen, out: Path) -> None:
   os.killpg(process.pid, signal.SIGINT)  # ^C reaches the workers too
   assert process.wait(60) == 130
   time.sleep(1.0)
   log = out.with_suffix(".log").read_text()
   assert log.endswith("stopped: the same command goes on from here\n") and "Traceback" not in log, log
   assert "died" not in log and "crashed" not in log, log
-  finish(data, out)
-  assert contents(out) == whole
+
+
+def is_starting_workers(pid: int) -> bool:
+  with contextlib.suppress(OSError):  # of a process that ended between
+    children = " ".join(p.read_text() for p in Path(f"/proc/{pid}/task").glob("*/children"))
+    return any(b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes() for child in children.split())
+  return False
 
 
 def test_killed_twice(undisturbed, tmp_path):

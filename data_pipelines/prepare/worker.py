@@ -4,6 +4,7 @@ import collections
 import contextlib
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import signal
 import sys
@@ -32,6 +33,7 @@ class Worker:
   def __init__(self, job: Job, limit_s: float):
     self._job, self._limit_s = job, limit_s
     self._process, self.is_stopped = None, False
+    self._starting = threading.Lock()
 
   def run(self, task: Task, on_sample: Callable[[str], None]) -> None:
     if self.is_stopped:
@@ -60,19 +62,23 @@ class Worker:
   def stop(self) -> None:
     """For good: its end is no death."""
     self.is_stopped = True
-    self.close()
+    with self._starting:  # a process half started would complain of its missing parent
+      self.close()
 
   def _start(self) -> None:
     context = multiprocessing.get_context("spawn")
     self._connection, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, self._job, os.getpid()), daemon=True)
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # ^C is the parent's from the very start
-    process.start()
-    signal.pthread_sigmask(signal.SIG_SETMASK, held)
-    self._process = process
+    # ^C is the parent's from the very start. The tracker's own start would let it in again.
+    multiprocessing.resource_tracker.ensure_running()
+    with self._starting:
+      if self.is_stopped:
+        raise WorkerDiedError("", "stopped")
+      held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+      process.start()
+      signal.pthread_sigmask(signal.SIG_SETMASK, held)
+      self._process = process
     theirs.close()
-    if self.is_stopped:
-      self.close()
     try:
       self._receive(_START_LIMIT_S, "")
     except (EOFError, OSError) as e:
