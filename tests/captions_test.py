@@ -8,20 +8,9 @@ import math
 import pytest
 
 from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec
-from tests.datasets import build, make_plain, put_clips, write_csv, write_json
+from tests.datasets import build, write_csv, write_json
 
 LONG, SHORT = "a grey box before a long description", "a box"
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-  return make_plain(tmp_path_factory.mktemp("plain"))
-
-
-@pytest.fixture
-def root(tmp_path, plain):
-  put_clips(tmp_path, plain)
-  return tmp_path
 
 
 def drawn(source, epochs=400, split="train", **changes) -> list[collections.Counter]:

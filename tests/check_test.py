@@ -10,7 +10,7 @@ from data_pipelines import check
 from data_pipelines.sources.base import SampleInfo
 from data_pipelines.sources.synthetic import SyntheticSource
 from sora_jax.packing.geometry import ClipSpec
-from tests.datasets import TEXTS, build, make_plain
+from tests.datasets import TEXTS, build
 
 MODULE = """
 import numpy as np
@@ -34,11 +34,6 @@ def broken():
 
 number = lambda: 7
 """
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-  return make_plain(tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Eight fake CPU devices, set before jax is imported."""
+"""Eight fake CPU devices, set before jax is imported; the two clips of the data tests."""
 
 import os
 from importlib.metadata import version
@@ -13,3 +13,20 @@ if version("jaxlib").startswith("0.10."):  # later versions know no such flag, a
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import pytest  # noqa: E402
+
+from tests.datasets import make_plain, put_clips  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+  """A source of two captioned clips in a plain folder."""
+  return make_plain(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture
+def root(tmp_path, plain):
+  """A folder without captions: a.mp4, b.mp4."""
+  put_clips(tmp_path, plain)
+  return tmp_path

@@ -1,6 +1,9 @@
 """Tiny data sets for tests: the same two clips in many forms."""
 
+import io
 import json
+import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import av
@@ -32,6 +35,20 @@ def write_json(path, records, lines=False):
 def write_csv(path, records, comma=","):
   lines = [comma.join(records[0])] + [comma.join(f'"{v}"' for v in r.values()) for r in records]
   path.write_text("\n".join(lines))
+
+
+def tar_of(members: Iterable[tuple[str, bytes | tarfile.TarInfo]], form=tarfile.PAX_FORMAT) -> bytes:
+  """Of (name, content), or a header that stands alone."""
+  out = io.BytesIO()
+  with tarfile.open(fileobj=out, mode="w", format=form) as tar:
+    for name, content in members:
+      if isinstance(content, tarfile.TarInfo):
+        tar.addfile(content)
+        continue
+      info = tarfile.TarInfo(name)
+      info.size = len(content)
+      tar.addfile(info, io.BytesIO(content))
+  return out.getvalue()
 
 
 def put_frames(folder, clip_path, stop=99):

@@ -4,19 +4,8 @@ import json
 
 import pytest
 
-from tests.datasets import TEXTS, build, make_plain, put_clips, put_frames, write_json
+from tests.datasets import TEXTS, build, put_clips, put_frames, write_json
 from tests.formats_test import assert_same, rows
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-  return make_plain(tmp_path_factory.mktemp("plain"))
-
-
-@pytest.fixture
-def root(tmp_path, plain):
-  put_clips(tmp_path, plain)
-  return tmp_path
 
 
 def captions_of(source):

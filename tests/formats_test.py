@@ -12,22 +12,10 @@ from PIL import Image
 
 from sora_jax.packing.geometry import ClipSpec
 from tests import media
-from tests.datasets import TEXTS, build, clip_bytes, make_plain, put_clips, put_frames, write_csv, write_json
+from tests.datasets import TEXTS, build, clip_bytes, put_clips, put_frames, tar_of, write_csv, write_json
 
 CLIP = ClipSpec(4, 48, 64, 12.0)
 WRONG = {"height": 7, "width": 9, "num_frames": 999, "fps": 1.5, "aspect_ratio": 3.0, "resolution": 63}
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-  return make_plain(tmp_path_factory.mktemp("plain"))
-
-
-@pytest.fixture
-def root(tmp_path, plain):
-  """A folder without captions: a.mp4, b.mp4."""
-  put_clips(tmp_path, plain)
-  return tmp_path
 
 
 def assert_same(source, plain, texts=("a grey box", "two, boxes")):
@@ -239,12 +227,7 @@ def test_class_folders(tmp_path, plain):
 
 
 def put_tar(path, members, form=tarfile.PAX_FORMAT):
-  with tarfile.open(path, "w", format=form) as tar:
-    for name, content in members:
-      info = content if isinstance(content, tarfile.TarInfo) else tarfile.TarInfo(name)
-      if info is not content:
-        info.size = len(content)
-      tar.addfile(info, None if info is content else io.BytesIO(content))
+  path.write_bytes(tar_of(members, form))
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])

@@ -18,7 +18,7 @@ import pytest
 
 from data_pipelines.sources.base import UnreadableError
 from sora_jax.packing.geometry import ClipSpec
-from tests.datasets import TEXTS, build, clip_bytes, make_plain, write_csv, write_json
+from tests.datasets import TEXTS, build, clip_bytes, write_csv, write_json
 
 LIMIT_S = 120  # of one case, on a busy machine
 FAST, SLOW = 200, 2000
@@ -93,11 +93,6 @@ def limited():
   finally:
     signal.alarm(0)
     signal.signal(signal.SIGALRM, old)
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-  return make_plain(tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture(scope="module")

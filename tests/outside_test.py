@@ -4,12 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.datasets import build, make_plain, put_clips, put_frames, write_json
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-  return make_plain(tmp_path_factory.mktemp("plain"))
+from tests.datasets import build, put_clips, put_frames, write_json
 
 
 def leave(kind, root, outside):

@@ -1,8 +1,6 @@
 """Sets in an object store read as on disk; sources that packages announce."""
 
-import io
 import json
-import tarfile
 import uuid
 
 import fsspec
@@ -13,14 +11,9 @@ from data_pipelines.pipeline import DataConfig, build_source
 from data_pipelines.sources import remote
 from data_pipelines.sources.base import ReadOptions
 from sora_jax.packing.geometry import ClipSpec
-from tests.datasets import TEXTS, clip_bytes, make_plain
+from tests.datasets import TEXTS, clip_bytes, tar_of
 
 CLIP = ClipSpec(4, 48, 64, 12.0)
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-  return make_plain(tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture
@@ -67,16 +60,6 @@ def test_tables(store, plain, tmp_path, name):
   assert_same(build(f"{store}/{name}", tmp_path), plain)
 
 
-def tar_of(members) -> bytes:
-  out = io.BytesIO()
-  with tarfile.open(fileobj=out, mode="w") as archive:
-    for name, content in members.items():
-      info = tarfile.TarInfo(name)
-      info.size = len(content)
-      archive.addfile(info, io.BytesIO(content))
-  return out.getvalue()
-
-
 @pytest.mark.parametrize("scheme", ["memory", "file"])
 def test_tars_are_read_in_place(plain, tmp_path, scheme):
   address = f"memory://{uuid.uuid4().hex}/set" if scheme == "memory" else (tmp_path / "set").as_uri()
@@ -84,13 +67,13 @@ def test_tars_are_read_in_place(plain, tmp_path, scheme):
   clips = {n: clip_bytes(plain, n) for n in TEXTS}
   one = {"long/" * 30 + "a.mp4": clips["a"], "long/" * 30 + "a.txt": TEXTS["a"].encode()}
   two = {"b.json": json.dumps({"caption": TEXTS["b"]}).encode(), "b.mp4": clips["b"]}
-  put(address, {"9.tar": tar_of(one), "10.tar": tar_of(two)})
+  put(address, {"9.tar": tar_of(one.items()), "10.tar": tar_of(two.items())})
   source = build(address, tmp_path)
   assert source.form == "tar" and "://" in source.entry(0).path and source.entry(0).span[1] == len(clips["a"])
   assert_same(source, plain)
-  put(address, {"all.tar": tar_of(one | two)})
+  put(address, {"all.tar": tar_of((one | two).items())})
   assert_same(build(f"{address}/all.tar", tmp_path), plain)
-  put(address, {"short.tar": tar_of(two | one)[: len(clips["b"]) + 4000]})
+  put(address, {"short.tar": tar_of((two | one).items())[: len(clips["b"]) + 4000]})
   source = build(f"{address}/short.tar", tmp_path)
   assert source.info(0).captions == (TEXTS["b"],) and source.rejects[0][1].startswith("truncated: ")
   put(address, {"none.tar": b"\x1f\x8b" + bytes(2000)})
@@ -101,7 +84,7 @@ def test_tars_are_read_in_place(plain, tmp_path, scheme):
 def test_of_a_tar_only_headers_and_captions_are_fetched(plain, tmp_path, monkeypatch):
   address, fetched = f"memory://{uuid.uuid4().hex}/set", []
   noise = np.random.default_rng(0).bytes(2**20)
-  put(address, {"all.tar": tar_of({"a.mp4": noise, "a.txt": b"x", "b.mp4": noise, "b.txt": b"y"})})
+  put(address, {"all.tar": tar_of({"a.mp4": noise, "a.txt": b"x", "b.mp4": noise, "b.txt": b"y"}.items())})
   read = remote._Copied.read
 
   def counted(self, count):

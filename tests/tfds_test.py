@@ -7,15 +7,10 @@ import pytest
 
 from data_pipelines.pipeline import DataConfig, build_source
 from sora_jax.packing.geometry import ClipSpec
-from tests.datasets import TEXTS, clip_bytes, make_plain
+from tests.datasets import TEXTS, clip_bytes
 
 tfds = pytest.importorskip("tensorflow_datasets")
 CLIP = ClipSpec(4, 48, 64, 12.0)
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-  return make_plain(tmp_path_factory.mktemp("plain"))
 
 
 def write(folder, name, features, examples):

@@ -1,6 +1,7 @@
 """Where a caption stands, in a record or beside a file."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,13 @@ def clean(value: Any) -> tuple[str, ...]:
   if isinstance(value, Mapping):
     value = list(value.values())
   values = value if isinstance(value, (list, tuple)) else [value]
-  is_nan = [isinstance(v, float) and v != v for v in values]  # how tables say that there is none
-  texts = (" ".join(str(v).split()) for v, nan in zip(values, is_nan) if v is not None and not nan)
+  texts = (" ".join(str(v).split()) for v in values if not _is_none(v))
   return tuple(t for t in texts if t)
+
+
+def _is_none(value: Any) -> bool:
+  """NaN is how tables say that there is none."""
+  return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def of_record(record: dict[str, Any], columns: tuple[str, ...] | list[str] = COLUMNS) -> tuple[str, ...]:

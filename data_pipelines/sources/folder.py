@@ -6,7 +6,7 @@ from pathlib import Path
 from data_pipelines.sources import captions, paths
 from data_pipelines.sources.base import Entry, Found, ReadOptions, UnreadableError
 from data_pipelines.sources.frame_folders import IMAGE_SUFFIXES
-from data_pipelines.sources.records import SUFFIXES
+from data_pipelines.sources.records import TABLES
 
 # Names only choose what is looked into; what a file is, its content says.
 MEDIA_SUFFIXES = IMAGE_SUFFIXES | frozenset(
@@ -59,5 +59,5 @@ def read(root: Path, options: ReadOptions, *, media: Path | None = None, texts: 
 def _tables_of(root: Path, entries: list[Entry]) -> list[str]:
   """Tables by names that none has by itself, so that they were not read."""
   stems = {Path(entry.name).stem for entry in entries}
-  tables = [f for f in root.iterdir() if f.suffix.lower() in (*SUFFIXES, ".toml") and f.stem not in stems]
+  tables = [f for f in root.iterdir() if f.suffix.lower() in TABLES and f.stem not in stems]
   return sorted(f.name for f in tables if not f.name.startswith("."))

@@ -14,7 +14,7 @@ from data_pipelines.sources import (
   trainer_tables,
 )
 from data_pipelines.sources.base import Found, ReadOptions, UnreadableError
-from data_pipelines.sources.records import PICKLES, SUFFIXES
+from data_pipelines.sources.records import PICKLES, SUFFIXES, TABLES
 
 Reader = Callable[[Path, ReadOptions], Found]
 
@@ -81,7 +81,7 @@ def detect_file(path: Path) -> str:
     if list_files.pair_of(path):
       return "pair"
     return "tables" if list_files.is_table_list(path) else "list"
-  raise ValueError(f"data.source={str(path)!r} is no folder and no {' '.join(SUFFIXES)} .txt .toml .tar file")
+  raise ValueError(f"data.source={str(path)!r} is no folder and no {' '.join(TABLES)} .txt .tar file")
 
 
 def detect_folder(path: Path, options: ReadOptions) -> tuple[Path, str]:

@@ -59,9 +59,7 @@ def read_tables(path: Path, options: ReadOptions) -> Found:
       raise ValueError(f"{where}: {line[:200]}: {e}") from e
     records = read_records(annotations)
     part = manifest.read_table(records, str(annotations), folder, folder, options)
-    for entry in part.entries:
-      found.entries.append(_renamed(entry, root))
-    found.rejects.extend(part.rejects)
+    merge(found, part)
   if not found.entries and not found.rejects:
     raise ValueError(f"{path} has no lines DATA_ROOT,annotations.json")
   return found
@@ -132,8 +130,12 @@ def _plain(options: ReadOptions) -> ReadOptions:
   return dataclasses.replace(options, media_column="", caption_column="")
 
 
-def _renamed(entry: Entry, root: Path) -> Entry:
-  return dataclasses.replace(entry, name=paths.relative_name(entry.path, root))
+def merge(found: Found, part: Found) -> None:
+  """Adds what a part of a set holds, named as from the root of the whole."""
+  found.entries.extend(
+    dataclasses.replace(entry, name=paths.relative_name(entry.path, found.root)) for entry in part.entries
+  )
+  found.rejects.extend(part.rejects)
 
 
 def _lines(path: Path, *, keep_empty: bool = False) -> list[str]:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from data_pipelines.sources import paths
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+TABLES = (*SUFFIXES, ".toml")  # of records, or of data sets (trainer_tables)
 PICKLES = (".pkl", ".pickle", ".pth", ".pt")
 
 Record = dict[str, Any]

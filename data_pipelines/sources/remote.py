@@ -15,10 +15,11 @@ from pathlib import Path
 
 import fsspec
 
-from data_pipelines.sources import folder, formats, tar
+from data_pipelines.sources import captions, folder, formats, tar
 from data_pipelines.sources.base import Entry, Found, ReadOptions, UnreadableError
+from data_pipelines.sources.records import TABLES
 
-_FETCHED = (".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".toml")
+_FETCHED = (*captions.SUFFIXES, *TABLES)
 _MAX_FETCHED = 2**30  # bytes of one table
 _TAR_BLOCK = 2**16  # bytes of one request, while headers are looked for
 

@@ -4,12 +4,11 @@ Only where media and captions are is taken from it. Sizes, numbers of frames and
 `config.data` say those.
 """
 
-import dataclasses
 import tomllib
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.sources import captions, folder, manifest, paths
+from data_pipelines.sources import captions, folder, list_files, manifest, paths
 from data_pipelines.sources.base import Found, ReadOptions, UnreadableError
 from data_pipelines.sources.records import read_records
 
@@ -36,11 +35,7 @@ def read(path: Path, options: ReadOptions) -> Found:
     except UnreadableError as e:
       raise ValueError(f"{where}: {key}={paths.one_line(part[key], 200)!r}: {e}") from e
     read_part = _read_list if key in _LISTS else _read_folder
-    inner = read_part(Path(named), options)
-    found.entries.extend(
-      dataclasses.replace(entry, name=paths.relative_name(entry.path, root)) for entry in inner.entries
-    )
-    found.rejects.extend(inner.rejects)
+    list_files.merge(found, read_part(Path(named), options))
   return found
 
 

@@ -156,7 +156,9 @@ def summary(by_seed: Sequence[dict]) -> dict:
     source: {label: [one[source][label]["accuracy"] for one in by_seed] for label in LABELS}
     for source in SOURCES
   }
-  means = {source: {label: float(np.mean(x)) for label, x in of.items()} for source, of in scores.items()}
+  means = {
+    source: {label: float(np.mean(x)) for label, x in by_label.items()} for source, by_label in scores.items()
+  }
   for source in SOURCES:
     means[source]["mean"] = float(np.mean([one[source]["mean"] for one in by_seed]))
   judged = [x for x in LABELS if max(means[source][x] for source in UNTRAINED) <= 1 - MARGIN]
@@ -166,14 +168,14 @@ def summary(by_seed: Sequence[dict]) -> dict:
     ahead = [np.subtract(scores["trained"][label], scores[over][label]) for label in judged]
     return [float(x) for x in np.mean(ahead, axis=0)] if judged else []
 
-  of = {source: leads(source) for source in SOURCES if source != "trained"}
-  enough = bool(judged) and min(min(of[source]) for source in UNTRAINED) >= MARGIN
+  leads_over = {source: leads(source) for source in SOURCES if source != "trained"}
+  enough = bool(judged) and min(min(leads_over[source]) for source in UNTRAINED) >= MARGIN
   return {
     "means": means,
     "judged": judged,
-    "leads": of,
-    "leads_of_all": {source: means["trained"]["mean"] - means[source]["mean"] for source in of},
-    "leads_as_it_should": enough and min(of["pixels"]) > 0,
+    "leads": leads_over,
+    "leads_of_all": {source: means["trained"]["mean"] - means[source]["mean"] for source in leads_over},
+    "leads_as_it_should": enough and min(leads_over["pixels"]) > 0,
   }
 
 
@@ -205,9 +207,9 @@ def describe(result: dict) -> str:
     lines.append(
       f"not judged by {label}: a network without training leaves no {100 * MARGIN:.0f} points above it"
     )
+  judged = " and ".join(result["judged"]) or "nothing"
   for source, leads in result["leads"].items():
     shown = ", ".join(f"{100 * lead:+.1f}" for lead in leads) or "-"
-    judged = " and ".join(result["judged"]) or "nothing"
     lines.append(
       f"trained over {SOURCES[source]}, points by seed on {judged}: {shown}; "
       f"on all labels {100 * result['leads_of_all'][source]:+.1f}"

@@ -74,8 +74,6 @@ def table(result: dict[str, Any]) -> str:
   ]  # fmt: skip
   lines = [f"{name:<21} {value}" for name, value in rows]
   lines += [f"{'note':<21} {note}" for note in result.get("notes", ())]
-  if result["effort"] == "O0" and "notes" not in result:
-    lines.append(f"{'note':<21} compiled at --effort=O0: nothing overlaps; --effort=O1 shows what does")
   lines.append(f"{'collectives':<21} {'axes':<16} {'runs':>7} {'GB sent':>9} {'overlapped':>11}")
   for kind, by_axes in result["collectives"].items():
     for axes, cell in by_axes.items():
