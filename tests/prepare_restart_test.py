@@ -65,8 +65,15 @@ class Odd:
 def start(data: Path, out: Path, *more: str) -> subprocess.Popen:
   command = [sys.executable, "-m", "data_pipelines.prepare", f"--input={data}", f"--output={out}", *FLAGS]
   with open(out.with_suffix(".log"), "a") as log:
+    # Where these tests run in the background of a script, SIGINT is ignored.
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     return subprocess.Popen(
-      [*command, "--workers=2", *more], cwd=ROOT, stdout=log, stderr=log, start_new_session=True
+      [*command, "--workers=2", *more],
+      cwd=ROOT,
+      stdout=log,
+      stderr=log,
+      start_new_session=True,
+      preexec_fn=heard,
     )
 
 
