@@ -3,6 +3,7 @@
 padding   by mix of sizes: what packing wastes, how unlike the rows of a step are, and real tokens for the
           same compute beside buckets and plain padding
 planning  memory and time of the plan of --samples=10000000 samples, at steps anywhere in the run
+index     opening the index of a prepared set of --samples: held in memory, or mapped
 decode    reading --source (and the other keys of config.data): against a plain PyAV loop and a pool of
           processes, interleaved in one run
 latents   reading prepared latents of --source
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_pipelines import benchmark_packing, benchmark_reading
+from data_pipelines import benchmark_index, benchmark_packing, benchmark_reading
 from data_pipelines.cli import add_arguments
 from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec
 from data_pipelines.sources.base import SampleInfo, Sizes
@@ -30,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     prog="python -m data_pipelines.benchmark", description=__doc__.split("\n")[0]
   )
-  parser.add_argument("--what", choices=("padding", "planning", "decode", "latents"), required=True)
-  parser.add_argument("--samples", type=int, default=10_000_000, help="of planning")
+  parser.add_argument("--what", choices=("padding", "planning", "index", "decode", "latents"), required=True)
+  parser.add_argument("--samples", type=int, default=10_000_000, help="of planning and index")
   parser.add_argument("--clips", type=int, default=48, help="read in a round of decode or latents")
   parser.add_argument("--repeats", type=int, default=3, help="rounds")
   parser.add_argument("--json", action="store_true")
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       lines = benchmark_packing.padding(config.rows)
     elif own["what"] == "planning":
       lines = planning(config.rows, own["samples"])
+    elif own["what"] == "index":
+      lines = benchmark_index.index(own["samples"])
     elif own["what"] == "latents":
       lines = benchmark_reading.latents(config, own["clips"], own["repeats"])
     else:

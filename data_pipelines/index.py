@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipelines import media_io
+from data_pipelines.sources import paths
 from data_pipelines.sources.base import Entry
 from data_pipelines.video_io import MediaInfo, UnreadableError
 
@@ -73,8 +74,7 @@ def _places(root: str | Path, cache_dir: str) -> list[Path]:
   digest = hashlib.blake2b(os.path.realpath(root).encode(), digest_size=8).hexdigest()
   if cache_dir:
     return [Path(cache_dir) / f"{digest}.jsonl"]
-  home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-  places = [Path(root) / _FILE, home / "sora_jax" / "index" / f"{digest}.jsonl"]
+  places = [Path(root) / _FILE, paths.cache_home() / f"{digest}.jsonl"]
   return places if _is_writable(root) else places[1:]
 
 

@@ -13,7 +13,7 @@ from data_pipelines import sizes, texts
 from data_pipelines.config import DataConfig, batch_spec
 from data_pipelines.latents import as_wanted
 from data_pipelines.loader import RowLoader, Tokenize, Unread
-from data_pipelines.sources.base import SampleInfo, Source
+from data_pipelines.sources.base import SampleInfo, Source, names_of
 from data_pipelines.sources.registry import build_source
 from data_pipelines.summary import Report, describe
 from data_pipelines.workers import Deaths, Notes
@@ -271,12 +271,11 @@ def chosen_ids(source: Source, config: DataConfig, split: str) -> np.ndarray:
   """Samples of one side of the split, ascending. A sample's side depends on its name alone (with
   `eval_fraction`: not even on the other samples)."""
   if split != "all" and (config.num_eval or config.eval_fraction):
-    names = (source.info(i).name for i in range(len(source)))
-    return np.array(_split(names, len(source), config, split), np.uint32)
+    return _split(names_of(source), len(source), config, split)
   return np.arange(0 if split == "eval" else len(source), dtype=np.uint32)
 
 
-def _split(names: Iterable[str], count: int, config: DataConfig, split: str) -> list[int]:
+def _split(names: Iterable[str], count: int, config: DataConfig, split: str) -> np.ndarray:
   assert split in ("train", "eval"), split
   hashed = (int.from_bytes(hashlib.blake2b(n.encode(), digest_size=8).digest(), "big") for n in names)
   place = np.fromiter(hashed, np.uint64, count)
@@ -285,8 +284,9 @@ def _split(names: Iterable[str], count: int, config: DataConfig, split: str) -> 
       raise ValueError(
         f"data.num_eval={config.num_eval} leaves none of {count} samples to train on: lower it (0 = none)"
       )
-    held_out = np.zeros(count, bool)
-    held_out[np.argsort(place, kind="stable")[: config.num_eval]] = True
+    last = np.partition(place, config.num_eval - 1)[config.num_eval - 1]
+    held_out = place < last
+    held_out[np.flatnonzero(place == last)[: config.num_eval - np.count_nonzero(held_out)]] = True
   else:
     held_out = place / 2.0**64 < config.eval_fraction
-  return np.flatnonzero(held_out == (split == "eval")).tolist()
+  return np.flatnonzero(held_out == (split == "eval")).astype(np.uint32)

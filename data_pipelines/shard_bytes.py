@@ -6,16 +6,19 @@ of one, a record is a chunk: a header of 40 bytes, a byte 0 (no compression), th
 """
 
 import hashlib
+import io
 import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from data_pipelines.parts import UnreadableError
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
 _BLOCK, _BLOCK_HEADER, _CHUNK_HEADER = 65536, 24, 40
 _SIMPLE = ord("r")
+_READ = 2**24
 _MOST_PARTS = 512  # of one call; systems take 1024
 
 
@@ -77,7 +80,14 @@ def _record(data: memoryview, offset: int) -> memoryview:
 
 
 def digest(data: bytes) -> str:
-  return hashlib.blake2b(data, digest_size=16).hexdigest()
+  return digest_file(io.BytesIO(data))
+
+
+def digest_file(file: BinaryIO) -> str:
+  made = hashlib.blake2b(digest_size=16)
+  while data := file.read(_READ):
+    made.update(data)
+  return made.hexdigest()
 
 
 def fsync_folder(folder: str | Path) -> None:

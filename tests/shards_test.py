@@ -7,8 +7,6 @@ import threading
 
 import fsspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from array_record.python import array_record_module
 
@@ -111,15 +109,6 @@ def test_the_index_alone_answers(prepared, tmp_path):
   assert set(row["scores"]) >= {"motion", "luma"} and len(row["hashes"]) == 3
   with pytest.raises(UnreadableError, match="unreadable"):
     whole(source, 0)
-
-
-def test_little_of_the_index_stays_in_memory(prepared):
-  """Numbers, captions and names: of millions of samples every process holds as much."""
-  source = ShardSource(str(prepared[1]["jpeg"]))
-  kept = source._table.nbytes + sum(column.nbytes for column in source._columns.values())
-  rows = [source.row(i) for i in range(5)]
-  letters = sum(len(row["source"]) + sum(map(len, row["captions"])) for row in rows)
-  assert kept < letters + 5 * 80 + 100 and rows[3]["hashes"] and "motion" not in source._table.schema.names
 
 
 def test_they_are_array_records_that_others_can_read(prepared):
@@ -304,47 +293,6 @@ def test_what_is_damaged_is_one_sample_or_one_line(prepared, tmp_path):
     ShardSource(str(out))
 
 
-def with_column(folder, name, value):
-  """The index with one value throughout a column, and a description that calls it the right one."""
-  table = pq.read_table(folder / "index.parquet")
-  column = table.schema.get_field_index(name)
-  values = pa.array([value] * len(table), table.schema.field(name).type)
-  pq.write_table(table.set_column(column, name, values), folder / "index.parquet")
-  about = json.loads((folder / "shards.json").read_text())
-  about["index_checksum"] = shard_bytes.digest((folder / "index.parquet").read_bytes())
-  (folder / "shards.json").write_text(json.dumps(about))
-
-
-@pytest.mark.parametrize(
-  "name,value,line",
-  [
-    *(
-      ("shard", v, "not within the set")
-      for v in ("../secret", "/etc/passwd", "a/../../b", "only", "a/", "a/b/c")
-    ),
-    ("shard", None, "column shard has empty cells"),
-    ("captions", None, "column captions has empty cells"),
-    ("num_frames", 0, "column num_frames has values below 1"),
-    ("offset", -1, "column offset has values below 0"),
-    ("fps", float("nan"), "column fps has values below 0"),
-  ],
-)
-def test_an_index_cannot_lead_outside_or_astray(prepared, tmp_path, name, value, line):
-  _, folders = prepared
-  shutil.copytree(folders["jpeg"], tmp_path / "set")
-  with_column(tmp_path / "set", name, value)
-  with pytest.raises(ValueError, match=line):
-    ShardSource(str(tmp_path / "set"))
-
-
-def test_a_span_beyond_the_shard_takes_no_memory(prepared, tmp_path):
-  _, folders = prepared
-  shutil.copytree(folders["jpeg"], tmp_path / "set")
-  with_column(tmp_path / "set", "span", 2**50)
-  with pytest.raises(UnreadableError, match="truncated"):
-    whole(ShardSource(str(tmp_path / "set")), 0)
-
-
 def test_a_shard_that_is_a_link_is_not_followed(prepared, tmp_path):
   _, folders = prepared
   out = tmp_path / "set"
@@ -360,19 +308,6 @@ def test_a_shard_that_is_a_link_is_not_followed(prepared, tmp_path):
   shard.parent.symlink_to(tmp_path / "folder")
   with pytest.raises(UnreadableError, match="outside_root"):
     whole(ShardSource(str(out)), 0)
-
-
-@pytest.mark.parametrize("name", [shards.INDEX, shards.ABOUT])
-def test_an_index_that_is_a_link_is_not_followed_unless_allowed(prepared, tmp_path, name):
-  _, folders = prepared
-  out = tmp_path / "set"
-  shutil.copytree(folders["jpeg"], out)
-  (out / name).rename(tmp_path / "elsewhere")
-  (out / name).symlink_to(tmp_path / "elsewhere")
-  with pytest.raises(ValueError, match=f"{name}: outside_root: .*data.allow_outside_root"):
-    build_source(DataConfig(source=str(out)))
-  source = build_source(DataConfig(source=str(out), allow_outside_root=True))
-  assert whole(pickle.loads(pickle.dumps(source)), 0).any()
 
 
 def test_mutated_records_are_unreadable_and_no_more():

@@ -21,7 +21,8 @@ from data_pipelines.prepare.plan import Sample, Shard
 from data_pipelines.prepare.tasks import Job, Task
 from data_pipelines.sources import registry
 from data_pipelines.sources.registry import Located
-from data_pipelines.sources.shards import ABOUT, FORMAT, INDEX, SCHEMA, VERSION
+from data_pipelines.sources.shard_index import SCHEMA
+from data_pipelines.sources.shards import ABOUT, FORMAT, INDEX, VERSION
 
 Runner = Callable[[Sequence[Task], Job, str], None]  # sees tasks through; the last is a label
 _PICTURED = 1000  # files, about, of which the report may show pictures

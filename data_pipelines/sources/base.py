@@ -1,6 +1,7 @@
 """What a source of samples is."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -84,7 +85,8 @@ class Sizes(NamedTuple):
 class Source(Protocol):
   """Random access to samples; must pickle, since worker processes hold it.
 
-  A source of millions also has `sizes() -> Sizes`, memory-mapped if it likes: planning then asks no `info`.
+  A source of millions also has `sizes() -> Sizes`, memory-mapped if it likes, and `names()`, an iterator over
+  those of all samples: planning then asks no `info`.
   One of latents has `encoder_hash`, not empty, and mostly `channels`; its sizes count latent cells and `load`
   gives floats.
   One with embeddings of its captions has `text_encoder_hash`, `text(i, k)`, that of caption k, and
@@ -126,3 +128,10 @@ def sizes_of(source: Source) -> Sizes:
     info = source.info(i)
     rows[i] = info.num_frames, info.height, info.width, info.fps
   return Sizes(*(rows[:, k].astype(np.int32) for k in range(3)), rows[:, 3])
+
+
+def names_of(source: Source) -> Iterator[str]:
+  """Of all samples, in their order."""
+  if callable(getattr(source, "names", None)):
+    return source.names()
+  return (source.info(i).name for i in range(len(source)))

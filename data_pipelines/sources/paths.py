@@ -34,6 +34,11 @@ def find(
   return absolute
 
 
+def cache_home() -> Path:
+  """Of what is kept of data sets outside of them."""
+  return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sora_jax" / "index"
+
+
 def is_there(path: Path) -> bool:
   try:
     return path.exists()

@@ -57,8 +57,8 @@ def locate(config: DataConfig) -> Source | Located:
   if config.source in _factories:
     return _factories[config.source](config)
   if shards.is_prepared(config.source):
-    allow = config.allow_outside_root
-    return shards.ShardSource(config.source, **{"allow_outside_root": allow, **config.source_kwargs})
+    keys = {"allow_outside_root": config.allow_outside_root, "index_dir": config.index_dir}
+    return shards.ShardSource(config.source, **(keys | config.source_kwargs))
   if config.source.startswith(tensorflow_datasets.PREFIX):
     return tensorflow_datasets.read(config)
   path, options = Path(os.path.expanduser(config.source)), read_options(config)

@@ -5,21 +5,20 @@ The index says where each record lies, so a record is one read of a range of byt
 """
 
 import collections
+import contextlib
 import json
 import os
 import threading
 import zlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 import fsspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from data_pipelines import clip_codec, media_io, shard_bytes, shard_records
 from data_pipelines.parts import UnreadableError
-from data_pipelines.sources import paths
+from data_pipelines.sources import paths, shard_index
 from data_pipelines.sources.base import SampleInfo, Sizes, require_encoder
 from sora_jax.packing.geometry import ClipSpec
 
@@ -27,27 +26,7 @@ FORMAT, VERSION = "sora_jax shards", 1
 INDEX, ABOUT = "index.parquet", "shards.json"
 STATE = ".prepare"  # folder of a preparation
 _MAX_OPEN = 128
-_MAY_BE_EMPTY = ("crop", "text_tokens")  # cells of the index
 PIXELS = ""  # encoder of a set that holds pixels
-
-SCHEMA = pa.schema(
-  [
-    ("id", pa.string()), ("shard", pa.string()), ("record", pa.int64()), ("offset", pa.int64()),
-    ("span", pa.int64()), ("bytes", pa.int64()), ("crc32", pa.uint32()), ("bucket", pa.string()),
-    ("num_frames", pa.int32()), ("height", pa.int32()), ("width", pa.int32()), ("channels", pa.int32()),
-    ("fps", pa.float64()), ("pixel_frames", pa.int32()), ("pixel_height", pa.int32()),
-    ("pixel_width", pa.int32()), ("tokens", pa.int64()), ("captions", pa.list_(pa.string())),
-    ("label", pa.int32()), ("source", pa.string()), ("start_s", pa.float64()), ("stop_s", pa.float64()),
-    ("crop", pa.list_(pa.int32())), ("hashes", pa.list_(pa.string())), ("scores", pa.string()),
-    ("encoder", pa.string()), ("text_encoder", pa.string()), ("text_tokens", pa.list_(pa.int32())),
-  ]
-)  # fmt: skip
-
-# Columns that reading goes by, the only ones kept in memory; shards, of which there are few, as numbers.
-_NUMBERS = (
-  "num_frames", "height", "width", "channels", "fps", "label", "offset", "span", "crc32", "start_s"
-)  # fmt: skip
-_KEPT = ("shard", "captions", "source", "text_tokens", *_NUMBERS)
 
 
 def is_prepared(path: str) -> bool:
@@ -71,58 +50,66 @@ class ShardSource:
   Links out of the set are refused unless `allow_outside_root`.
   """
 
-  def __init__(self, path: str, encoder: str | None = None, *, allow_outside_root: bool = False):
+  def __init__(
+    self, path: str, encoder: str | None = None, *, allow_outside_root: bool = False, index_dir: str = ""
+  ):
     self.name, self._path = path, path if "://" in path else os.path.expanduser(path)
-    self._allow_outside_root = allow_outside_root
+    self._allow_outside_root, self._index_dir = allow_outside_root, index_dir
     self._files = _Files(self._path, allow_outside_root)
-    about, index = _about(self._files, path), self._files.whole(INDEX)
+    about = _about(self._files, path)
     self.encoder_hash: str = about["encoder"]
     self.text_encoder_hash: str = about["text_encoder"]
     if encoder is not None:
       require_encoder(self.name, self.encoder_hash, encoder)
-    self._mark = shard_bytes.digest(index)
-    if self._mark != about["index_checksum"]:
-      raise ValueError(f"{path}: {INDEX} is not the one that {ABOUT} describes: run the preparation again")
-    self._table, self._last = _read_index(path, index, _KEPT), threading.local()
-    self._whole: pa.Table | None = None
+    self._mark: str = about["index_checksum"]
+    self._index, self._last = self._read_index(), threading.local()
+    self._numbers, self._texts = self._index.numbers, dict(zip(shard_index.TEXTS, self._index.texts.columns))
+    self._rows: shard_index.Rows | None = None
     self.rejects: list[tuple[str, str]] = []
-    self._columns = {name: self._table[name].to_numpy() for name in _NUMBERS}
-    self.channels = int(self._columns["channels"][0])
-    if (self._columns["channels"] != self.channels).any():
-      raise ValueError(f"{path}/{INDEX}: column channels has several values")
-    self._table = self._table.drop_columns(list(_NUMBERS))
+    self.channels = int(self._numbers["channels"][0])
+
+  def _read_index(self) -> shard_index.Index:
+    where = f"{self.name}/{INDEX}"
+    if self._files.size(INDEX) > shard_index.HELD_BYTES:
+      return shard_index.map_out(where, lambda: self._files.open(INDEX), self._mark, self._index_dir)
+    data = self._files.whole(INDEX)
+    if self._mark != shard_bytes.digest(data):
+      raise ValueError(f"{where} is not the one that {ABOUT} describes: run the preparation again")
+    return shard_index.hold(where, data)
 
   def __reduce__(self):  # a worker process opens its own files
-    return (_reopened, (self._path, self.encoder_hash, self._allow_outside_root))
+    return (_reopened, (self._path, self.encoder_hash, self._allow_outside_root, self._index_dir))
 
   def __len__(self) -> int:
-    return len(self._table)
+    return len(self._index)
 
   def info(self, i: int) -> SampleInfo:
     """Sizes of a latent set count latent cells; no shard is opened."""
-    columns = self._columns
-    source, start = self._table["source"][i].as_py(), float(columns["start_s"][i])
+    numbers = self._numbers
+    start = float(numbers["start_s"][i])
     return SampleInfo(
       id=i,
-      name=f"{source}@{start:g}s",
-      num_frames=int(columns["num_frames"][i]),
-      height=int(columns["height"][i]),
-      width=int(columns["width"][i]),
-      fps=float(columns["fps"][i]),
-      captions=tuple(self._table["captions"][i].as_py()),
-      label=int(columns["label"][i]),
-      start_s=float(columns["start_s"][i]),
+      name=shard_index.name_of(self._texts["source"][i].as_py(), start),
+      num_frames=int(numbers["num_frames"][i]),
+      height=int(numbers["height"][i]),
+      width=int(numbers["width"][i]),
+      fps=float(numbers["fps"][i]),
+      captions=tuple(self._texts["captions"][i].as_py()),
+      label=int(numbers["label"][i]),
+      start_s=start,
     )
 
   def sizes(self) -> Sizes:
-    columns = self._columns
-    return Sizes(columns["num_frames"], columns["height"], columns["width"], columns["fps"])
+    return Sizes(*(self._numbers[name] for name in Sizes._fields))
+
+  def names(self) -> Iterator[str]:
+    return self._index.names()
 
   def row(self, i: int) -> dict[str, Any]:
     """All that the index knows: source, start_s, stop_s, bucket, scores, ...; read when first asked."""
-    if self._whole is None:
-      self._whole = _read_index(self.name, self._files.whole(INDEX), SCHEMA.names)
-    row = self._whole.slice(i, 1).to_pylist()[0]
+    if self._rows is None:
+      self._rows = shard_index.Rows(self._files.open(INDEX))
+    row = self._rows[i]
     return row | {"scores": json.loads(row["scores"])}
 
   def load(self, i: int, spec: ClipSpec, start_s: float = 0.0) -> np.ndarray:
@@ -158,7 +145,7 @@ class ShardSource:
     return shard_records.array_of(texts[caption])
 
   def text_tokens(self, i: int, caption: int = 0) -> int | None:
-    counts = self._table["text_tokens"][i].as_py()
+    counts = self._texts["text_tokens"][i].as_py()
     return (counts[caption] if counts and caption < len(counts) else 0) or None
 
   def fingerprint(self) -> str:
@@ -173,16 +160,17 @@ class ShardSource:
     return record
 
   def _read(self, i: int) -> dict[str, Any]:
-    shard, columns = self._table["shard"][i].as_py(), self._columns
-    offset, span = int(columns["offset"][i]), int(columns["span"][i])
+    numbers = self._numbers
+    shard = self._index.shards[numbers["shard"][i]]
+    offset, span = int(numbers["offset"][i]), int(numbers["span"][i])
     data = self._files.record(shard, offset, span)
-    if zlib.crc32(data) != columns["crc32"][i]:
+    if zlib.crc32(data) != numbers["crc32"][i]:
       raise UnreadableError("damaged", f"{shard}, record at byte {offset}: its checksum differs")
     return shard_records.unpack(data)
 
 
-def _reopened(path: str, encoder: str, allow_outside_root: bool) -> ShardSource:
-  return ShardSource(path, encoder, allow_outside_root=allow_outside_root)
+def _reopened(path: str, encoder: str, allow_outside_root: bool, index_dir: str) -> ShardSource:
+  return ShardSource(path, encoder, allow_outside_root=allow_outside_root, index_dir=index_dir)
 
 
 class _Files:
@@ -199,22 +187,34 @@ class _Files:
     self._open: collections.OrderedDict[str, Any] = collections.OrderedDict()
 
   def whole(self, name: str) -> bytes:
+    with self.open(name) as f:
+      return f.read()
+
+  def size(self, name: str) -> int:
+    with self._told(name):
+      return self._remote.size(self._object(name)) if self._remote else os.path.getsize(self._local(name))
+
+  def open(self, name: str) -> BinaryIO:
+    with self._told(name):
+      return self._remote.open(self._object(name)) if self._remote else open(self._local(name), "rb")  # noqa: SIM115
+
+  @contextlib.contextmanager
+  def _told(self, name: str):
     try:
-      if self._remote is not None:
-        return self._remote.cat_file(f"{self._root.rstrip('/')}/{name}")
-      with open(self._local(name), "rb") as f:
-        return f.read()
+      yield
     except UnreadableError as e:
       raise ValueError(f"{self._root}/{name}: {e}") from e
     except OSError as e:
       raise ValueError(f"{self._root}/{name} cannot be read: {e.strerror or e}") from e
 
+  def _object(self, name: str) -> str:
+    return f"{self._root.rstrip('/')}/{name}"
+
   def record(self, name: str, offset: int, size: int) -> memoryview:
     """The record in so many bytes of a shard."""
     try:
       if self._remote is not None:
-        path = f"{self._root.rstrip('/')}/{name}"
-        data = self._remote.cat_file(path, start=offset, end=offset + size)
+        data = self._remote.cat_file(self._object(name), start=offset, end=offset + size)
         if len(data) == size:
           return shard_bytes.record_of(data, offset)
       else:
@@ -252,29 +252,3 @@ def _about(files: _Files, path: str) -> dict[str, Any]:
     if not isinstance(about.get(key), str):
       raise ValueError(f"{path}/{ABOUT} has no {key}")
   return about
-
-
-def _read_index(path: str, index: bytes, names: Sequence[str]) -> pa.Table:
-  try:
-    table = pq.read_table(pa.BufferReader(index), schema=SCHEMA, columns=list(names))
-  except (pa.ArrowException, OSError, ValueError) as e:
-    raise ValueError(f"{path}/{INDEX}: {str(e).splitlines()[0]}") from e
-  _check_table(path, table)
-  at = table.schema.get_field_index("shard")
-  return table.set_column(at, "shard", table["shard"].dictionary_encode()).combine_chunks()
-
-
-def _check_table(path: str, table: pa.Table) -> None:
-  if not len(table):
-    raise ValueError(f"{path}/{INDEX} has no samples")
-  for name in table.schema.names:
-    if table[name].null_count and name not in _MAY_BE_EMPTY:
-      raise ValueError(f"{path}/{INDEX}: column {name} has empty cells")
-  for name, least in (("num_frames", 1), ("height", 1), ("width", 1), ("span", 1), ("offset", 0), ("fps", 0)):
-    values = table[name].to_numpy()
-    if not np.isfinite(values).all() or values.min() < least:
-      raise ValueError(f"{path}/{INDEX}: column {name} has values below {least}")
-  for name in table["shard"].unique().to_pylist():
-    parts = (name or "").split("/")
-    if len(parts) != 2 or any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts):
-      raise ValueError(f"{path}/{INDEX} names a shard {str(name)[:80]!r}: not within the set")
