@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipelines import media_io
+from data_pipelines.parts import UNREACHABLE
 from data_pipelines.sources import paths
 from data_pipelines.sources.base import Entry
 from data_pipelines.video_io import MediaInfo, UnreadableError
@@ -108,7 +109,7 @@ def _read(places: list[Path]) -> dict[str, Probed]:
 def _write(places: list[Path], kept: dict[str, Probed]) -> None:
   lines = []
   for key, value in kept.items():
-    if ":gone:" in key:
+    if ":gone:" in key or getattr(value, "reason", "") == UNREACHABLE:
       continue
     if isinstance(value, MediaInfo):
       lines.append(json.dumps({"key": key, "info": dataclasses.asdict(value)}))

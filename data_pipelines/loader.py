@@ -12,6 +12,7 @@ import numpy as np
 
 from data_pipelines.config import DataConfig
 from data_pipelines.latents import rounded
+from data_pipelines.parts import UNREACHABLE, OutageError
 from data_pipelines.sizes import Fitted
 from data_pipelines.sources.base import SampleInfo, Source, UnreadableError
 from data_pipelines.texts import held_by
@@ -260,8 +261,10 @@ class Unread:
     self._read += int((batch.sample_id_BN != NO_SAMPLE).sum())
     self._lost += int(batch.unreadable_B.sum())
     if self._lost >= _MANY and self._lost > self._read:
-      told = [f"as {name}: {why}" for name, why in self._loader.failed.items()]
-      raise ValueError(
+      failed = self._loader.failed
+      told = [f"as {name}: {why}" for name, why in failed.items()]
+      is_outage = failed and all(why.startswith(UNREACHABLE) for why in failed.values())
+      raise (OutageError if is_outage else ValueError)(
         f"{self._loader.source.name}: {self._lost} of the last {self._lost + self._read} samples could not "
         f"be read, {(told or ['the log of the processes that load says why'])[0]}"
       )

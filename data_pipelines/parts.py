@@ -1,12 +1,28 @@
 """A part of a file, read as if it were a file: a member of a tar archive. And why a file cannot be read."""
 
 import dataclasses
+import errno
 import io
+import logging
 import os
+import random
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import fsspec
+
+_T = TypeVar("_T")
+
+UNREACHABLE = "unreachable"  # a reason: not the file's fault
+_WAITS_S = (1.0, 4.0, 16.0)
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
+_FINAL_ERRNOS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENXIO)
+
+
+class OutageError(Exception):
+  """Where data lies cannot be reached: later it may be."""
 
 
 class UnreadableError(Exception):
@@ -18,6 +34,25 @@ class UnreadableError(Exception):
 
   def __str__(self) -> str:
     return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
+def patiently(name: str, read: Callable[[], _T]) -> _T:
+  """What a store or disk does not give is asked for again, later each time: without it a batch would not be
+  the one of its step."""
+  for wait in (*_WAITS_S, None):
+    try:
+      return read()
+    except UnreadableError:
+      raise
+    except Exception as e:  # clients of stores raise what they like
+      if isinstance(e, _FINAL) or getattr(e, "errno", None) in _FINAL_ERRNOS:
+        raise UnreadableError("unreadable", f"{name}: {e}") from e
+      what = f"{name}: {type(e).__name__}: {e}"
+      if wait is None:
+        raise UnreadableError(UNREACHABLE, what) from e
+      logging.warning("%s; trying again", what)
+      time.sleep(wait * (0.5 + random.random()))  # not all processes at once
+  raise AssertionError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +69,8 @@ class Part:
       return io.BytesIO(self.data[self.offset : self.offset + self.size])
     if "://" in self.path:  # clips are small: one request, not one a seek
       fs, path = fsspec.url_to_fs(self.path)
-      return io.BytesIO(fs.cat_file(path, start=self.offset, end=self.offset + self.size))
+      stop = self.offset + self.size
+      return io.BytesIO(patiently(self.path, lambda: fs.cat_file(path, start=self.offset, end=stop)))
     return PartFile(self)
 
   def read(self) -> bytes:

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
-from data_pipelines.video_io import UnreadableError
+from data_pipelines.parts import OutageError, UnreadableError
 from sora_jax.parallel import cluster, exits, hostlog, sentinel
 from sora_jax.training.checkpoint import SaveError
 from sora_jax.training.loop import DivergedError
@@ -81,6 +81,8 @@ def _guarded(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     _fail(error, exits.FAULT)
   except exits.PeerLostError as error:
     _fail(error, exits.PEER_LOST)
+  except OutageError as error:
+    _fail(error, exits.HANG)
   except _MISTAKES as error:
     if _DEBUG.value and cluster.client() is None:
       raise

@@ -1,4 +1,5 @@
 import collections
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -11,9 +12,11 @@ import pytest
 from data_pipelines import report as report_main
 from data_pipelines import sizes
 from data_pipelines.loader import ClipCache, Planned, total_frames
+from data_pipelines.parts import UNREACHABLE, OutageError
 from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec, build_source, chosen_ids
 from data_pipelines.sources.base import UnreadableError
 from data_pipelines.sources.synthetic import SyntheticSource
+from sora_jax import cli
 from sora_jax.packing.geometry import unpatchify
 from sora_jax.packing.pack import stack_rows
 from tests import media
@@ -40,14 +43,14 @@ class Flaky:
 
   def __init__(self, num_samples: int, one_in: int = 5):
     self._source, self._one_in = SyntheticSource(num_samples), one_in
-    self.name, self.rejects, self.info = "flaky", [], self._source.info
+    self.name, self.rejects, self.info, self.why = "flaky", [], self._source.info, "gone"
 
   def __len__(self):
     return len(self._source)
 
   def load(self, i, spec, start_s=0.0):
     if i % self._one_in == 0:
-      raise UnreadableError("gone", f"sample {i}")
+      raise UnreadableError(self.why, f"sample {i}")
     return self._source.load(i, spec, start_s)
 
 
@@ -135,6 +138,23 @@ def test_nothing_is_learned_from_padding_alone(workers):
     take(make(Flaky(30, one_in=1), workers=workers), 40)
   assert "\n" not in str(e.value)
   assert len(take(make(Flaky(30, one_in=3)), 60)) == 60  # a third
+
+
+def test_an_outage_is_not_the_fault_of_the_data(monkeypatch, capsys):
+  """Data that cannot be reached ends a run with the code that a launcher starts again."""
+  source = Flaky(30, one_in=1)
+  monkeypatch.setattr(source, "why", UNREACHABLE)
+  ended = []
+  monkeypatch.setattr(cli.os, "_exit", ended.append)
+  with pytest.raises(OutageError, match="flaky: .* could not be read, as .*: unreachable: sample") as e:
+    take(make(source), 40)
+
+  def main(argv):
+    raise e.value
+
+  with contextlib.suppress(SystemExit):
+    ended.append(cli._guarded(main, []))
+  assert ended[0] == 43 and "unreachable" in capsys.readouterr().err
 
 
 def test_held_out_samples_are_apart_and_stay_so():

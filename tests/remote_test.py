@@ -7,9 +7,10 @@ import fsspec
 import numpy as np
 import pytest
 
+from data_pipelines import parts
 from data_pipelines.pipeline import DataConfig, build_source
 from data_pipelines.sources import remote
-from data_pipelines.sources.base import ReadOptions
+from data_pipelines.sources.base import ReadOptions, UnreadableError
 from sora_jax.packing.geometry import ClipSpec
 from tests.datasets import TEXTS, clip_bytes, tar_of
 
@@ -79,6 +80,47 @@ def test_tars_are_read_in_place(plain, tmp_path, scheme):
   put(address, {"none.tar": b"\x1f\x8b" + bytes(2000)})
   with pytest.raises(ValueError, match=rf"^{address}/none.tar is compressed"):
     build(f"{address}/none.tar", tmp_path)
+
+
+def test_a_store_that_fails_at_times_is_asked_again(store, plain, tmp_path, monkeypatch, caplog):
+  """Errors of clients are of any class; what is not there is not waited for."""
+  put(store, {f"{name}.txt": text.encode() for name, text in TEXTS.items()})
+  source = build(store, tmp_path)
+  fs, errors, waits = fsspec.filesystem("memory"), [], []
+  fetch = type(fs).cat_file
+
+  def failing(self, *args, **kwargs):
+    if errors:
+      raise errors.pop()
+    return fetch(self, *args, **kwargs)
+
+  monkeypatch.setattr(type(fs), "cat_file", failing)
+  monkeypatch.setattr(parts.time, "sleep", waits.append)
+  errors += [RuntimeError("503 Slow Down"), TimeoutError("timed out"), OSError(5, "I/O")]
+  assert_same(source, plain)
+  assert len(waits) == 3 and 0 < waits[0] < waits[1] < waits[2] and "503 Slow Down" in caplog.text
+  errors += [RuntimeError("503 Slow Down")] * 4
+  with pytest.raises(UnreadableError, match=r"unreachable: .*a.mp4: RuntimeError: 503 Slow Down"):
+    source.load(0, CLIP)
+  assert len(waits) == 6
+  errors += [FileNotFoundError("a.mp4")]
+  with pytest.raises(UnreadableError, match="unreadable: "):
+    source.load(0, CLIP)
+  assert len(waits) == 6
+
+
+def test_what_could_not_be_reached_is_looked_into_again(store, plain, tmp_path, monkeypatch):
+  put(store, {f"{name}.txt": text.encode() for name, text in TEXTS.items()})
+  read = parts.patiently
+
+  def unreachable(name, read):
+    raise UnreadableError(parts.UNREACHABLE, name)
+
+  monkeypatch.setattr(parts, "patiently", unreachable)
+  with pytest.raises(ValueError, match="unreachable"):
+    build(store, tmp_path)
+  monkeypatch.setattr(parts, "patiently", read)
+  assert_same(build(store, tmp_path), plain)
 
 
 def test_of_a_tar_only_headers_and_captions_are_fetched(plain, tmp_path, monkeypatch):

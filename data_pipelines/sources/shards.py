@@ -17,7 +17,7 @@ import fsspec
 import numpy as np
 
 from data_pipelines import clip_codec, media_io, shard_bytes, shard_records
-from data_pipelines.parts import UnreadableError
+from data_pipelines.parts import UnreadableError, patiently
 from data_pipelines.sources import paths, shard_index
 from data_pipelines.sources.base import SampleInfo, Sizes, require_encoder
 from sora_jax.packing.geometry import ClipSpec
@@ -212,18 +212,26 @@ class _Files:
 
   def record(self, name: str, offset: int, size: int) -> memoryview:
     """The record in so many bytes of a shard."""
+    if self._remote is not None:
+      path, stop = self._object(name), offset + size
+      data = patiently(name, lambda: self._remote.cat_file(path, start=offset, end=stop))
+      record = shard_bytes.record_of(data, offset) if len(data) == size else None
+    else:
+      record = patiently(name, lambda: self._local_record(name, offset, size))
+    if record is None:
+      raise UnreadableError("truncated", f"{name} ends before byte {offset + size}")
+    return record
+
+  def _local_record(self, name: str, offset: int, size: int) -> memoryview | None:
+    file = self._file(name)
     try:
-      if self._remote is not None:
-        data = self._remote.cat_file(self._object(name), start=offset, end=offset + size)
-        if len(data) == size:
-          return shard_bytes.record_of(data, offset)
-      else:
-        file = self._file(name)
-        if offset + size <= os.fstat(file.fileno()).st_size:  # else no memory is taken for it
-          return shard_bytes.read_record(file.fileno(), offset, size)
-    except (OSError, ValueError) as e:
-      raise UnreadableError("unreadable", f"{name}: {e}") from e
-    raise UnreadableError("truncated", f"{name} ends before byte {offset + size}")
+      if offset + size > os.fstat(file.fileno()).st_size:  # no memory is taken for it
+        return None
+      return shard_bytes.read_record(file.fileno(), offset, size)
+    except OSError:  # of a network's disk the file may have to be opened anew
+      with self._lock:
+        self._open.pop(name, None)
+      raise
 
   def _local(self, name: str) -> str:
     path = os.path.join(self._root, name)
