@@ -56,7 +56,8 @@ def _probe(entry: Entry, decode_limit_s: float) -> Probed:
 
 def _key(entry: Entry, decode_limit_s: float) -> str:
   if "://" in entry.path:  # an object: its size is in the span
-    return f"{_VERSION}:{decode_limit_s:g}:{entry.span}:{entry.path}"
+    what = entry.span or _marked(entry.frames, entry.frame_bytes, entry.fps)
+    return f"{_VERSION}:{decode_limit_s:g}:{what}:{entry.path}"
   try:
     paths = [os.path.join(entry.path, name) for name in entry.frames] or [entry.path]
     files = [os.stat(path) for path in paths]
@@ -64,10 +65,14 @@ def _key(entry: Entry, decode_limit_s: float) -> str:
   except OSError:
     state = "gone"
   if entry.frames:
-    state = hashlib.blake2b(f"{state}{entry.frames}{entry.fps}".encode(), digest_size=16).hexdigest()
+    state = _marked(state, entry.frames, entry.fps)
   elif entry.span is not None:
     state += f":{entry.span}"
   return f"{_VERSION}:{decode_limit_s:g}:{state}:{entry.name}"
+
+
+def _marked(*what: object) -> str:
+  return hashlib.blake2b("".join(map(str, what)).encode(), digest_size=16).hexdigest()
 
 
 def _places(root: str | Path, cache_dir: str) -> list[Path]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from sora_jax.packing.geometry import ClipSpec
 def probe(entry: Entry, decode_limit_s: float) -> MediaInfo:
   """Of the whole medium; `cut_info` says what is left of it."""
   if entry.frames:
-    return _probe_frames(entry.path, entry.frames, entry.fps)
+    return _probe_frames(entry)
   return video_io.probe(_media(entry), decode_limit_s=decode_limit_s)
 
 
@@ -84,6 +84,12 @@ def _media(entry: Entry) -> Media:
   return entry.path if entry.span is None else Part(entry.path, *entry.span)
 
 
+def _frame(entry: Entry, k: int) -> Media:
+  if not entry.frame_bytes:
+    return Path(entry.path, entry.frames[k])
+  return Part(f"{entry.path}/{entry.frames[k]}", 0, entry.frame_bytes[k])
+
+
 def _read(entry: Entry, spec: ClipSpec, start_s: float) -> np.ndarray:
   if not entry.frames:
     return video_io.read_clip(
@@ -102,7 +108,7 @@ def _read(entry: Entry, spec: ClipSpec, start_s: float) -> np.ndarray:
     if wanted == at:
       clip[t] = clip[t - 1]
     else:
-      clip[t] = image_io.read_image(Path(entry.path, entry.frames[wanted]), spec.height, spec.width)[0]
+      clip[t] = image_io.read_image(_frame(entry, wanted), spec.height, spec.width)[0]
     at = wanted
   return clip
 
@@ -112,11 +118,13 @@ def frame_numbers(spec: ClipSpec, start_s: float, fps: float) -> list[int]:
   return [math.floor((start_s + i / (spec.fps or 1.0)) * fps + 1e-3) for i in range(spec.num_frames)]
 
 
-def _probe_frames(folder: str, names: Sequence[str], fps: float) -> MediaInfo:
-  size = None
-  for name in names:
-    info = image_io.probe_image_header(Path(folder, name))
+def _probe_frames(entry: Entry) -> MediaInfo:
+  """Of an object store the first alone is fetched: the others are, whole, when they are read."""
+  names, size = entry.frames, None
+  for k, name in enumerate(names[:1] if entry.frame_bytes else names):
+    info = image_io.probe_image_header(_frame(entry, k))
     if size not in (None, info):
       raise UnreadableError("frames_differ", f"{name} is {info[0]}x{info[1]}, the first {size[0]}x{size[1]}")
     size = info
-  return MediaInfo(num_frames=len(names), height=size[1], width=size[0], fps=fps if len(names) > 1 else 0.0)
+  fps = entry.fps if len(names) > 1 else 0.0
+  return MediaInfo(num_frames=len(names), height=size[1], width=size[0], fps=fps)

@@ -12,7 +12,7 @@ from data_pipelines.pipeline import DataConfig, build_source
 from data_pipelines.sources import remote
 from data_pipelines.sources.base import ReadOptions, UnreadableError
 from sora_jax.packing.geometry import ClipSpec
-from tests.datasets import TEXTS, clip_bytes, tar_of
+from tests.datasets import TEXTS, clip_bytes, put_frames, tar_of, write_json
 
 CLIP = ClipSpec(4, 48, 64, 12.0)
 
@@ -80,6 +80,30 @@ def test_tars_are_read_in_place(plain, tmp_path, scheme):
   put(address, {"none.tar": b"\x1f\x8b" + bytes(2000)})
   with pytest.raises(ValueError, match=rf"^{address}/none.tar is compressed"):
     build(f"{address}/none.tar", tmp_path)
+
+
+@pytest.mark.parametrize("way", ["frames", "list.jsonl"])
+def test_folders_of_frames(plain, tmp_path, way):
+  address, folder = f"memory://{uuid.uuid4().hex}/set", tmp_path / "set"
+  for name, text in TEXTS.items():
+    put_frames(folder / "clips" / name, f"{plain.root}/{name}.mp4")
+    (folder / "clips" / f"{name}.txt").write_text(text)
+  records = [{"video_path": f"clips/{n}", "caption": t} for n, t in TEXTS.items()]
+  write_json(folder / "list.jsonl", records, lines=True)
+  put(address, {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()})
+  inside = "clips" if way == "frames" else way
+  near = build_source(DataConfig(source=str(folder / inside), frame_rate=12))
+  far = build(f"{address}/{inside}", tmp_path, frame_rate=12)
+  assert near.form == far.form and "://" in far.entry(0).path and len(near) == len(far) == 2
+  for i in range(2):
+    assert near.info(i) == far.info(i)
+    np.testing.assert_array_equal(far.load(i, CLIP, 0.1), near.load(i, CLIP, 0.1))
+  frames = sorted((folder / "clips" / "a").iterdir())
+  put(
+    f"{address}/clips/a", {frames[1].name: frames[0].read_bytes()}
+  )  # of another size: it is seen to have changed
+  again = build(f"{address}/{inside}", tmp_path, frame_rate=12)
+  assert (again.load(0, ClipSpec(2, 48, 64, 12.0))[0] == again.load(0, ClipSpec(2, 48, 64, 12.0))[1]).all()
 
 
 def test_a_store_that_fails_at_times_is_asked_again(store, plain, tmp_path, monkeypatch, caplog):

@@ -43,6 +43,7 @@ class Entry:
   span: tuple[int, int] | None = None  # (offset, bytes): the medium is this part of the file `path`
   frames: tuple[str, ...] = ()  # images in display order: the medium is the folder `path`
   fps: float = 0.0  # of `frames`, which do not say
+  frame_bytes: tuple[int, ...] = ()  # of each, in an object store
   cut: tuple[int, int] | None = None  # first frame, one past the last (-1 = to the end)
   crop: tuple[int, int, int, int] | None = None  # left, right, top, bottom: pixels as displayed
 

@@ -3,7 +3,7 @@
 Tables and captions are fetched once into a temporary folder, media are left where they are: an empty file of
 the same size stands for each, so that every reader of a format works as on a local folder. Of tar files
 headers and captions are fetched, to their places in a file of holes. A medium is fetched whole when it is
-read. Folders of frames are not read.
+read; of a folder of frames the first one alone is looked into before.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from pathlib import Path
 import fsspec
 
 from data_pipelines.sources import captions, folder, formats, tar
-from data_pipelines.sources.base import Entry, Found, ReadOptions, UnreadableError
+from data_pipelines.sources.base import Entry, Found, ReadOptions
 from data_pipelines.sources.records import TABLES
 
 _FETCHED = (*captions.SUFFIXES, *TABLES)
@@ -46,7 +46,6 @@ def read(address: str, options: ReadOptions, form: str = "") -> tuple[str, Found
     sizes = {name: info["size"] or 0 for name, info in listed.items()}
   except OSError as e:
     raise ValueError(f"data.source={address!r} cannot be read: {e}") from e
-  rejects: list[tuple[str, str]] = []
   with tempfile.TemporaryDirectory(prefix="sora_jax_remote_") as scratch:
     mirror = Path(scratch, "set")
     mirror.mkdir()
@@ -62,13 +61,7 @@ def read(address: str, options: ReadOptions, form: str = "") -> tuple[str, Found
         str(e).replace(str(mirror), address if is_folder else posixpath.dirname(address))
       ) from e
     base = fs.unstrip_protocol("/" + root.strip("/") if root.startswith("/") else root)
-    entries = []
-    for entry in found.entries:
-      try:
-        entries.append(_remote(entry, mirror, base))
-      except UnreadableError as e:
-        rejects.append((entry.name, str(e)))
-    return form, Found(Path(address), entries, [*found.rejects, *rejects])
+    return form, Found(Path(address), [_remote(e, mirror, base) for e in found.entries], found.rejects)
 
 
 def _put_stand_ins(fs, root: str, sizes: dict[str, int], mirror: Path, *, with_tars: bool) -> None:
@@ -120,8 +113,9 @@ class _Copied:
 
 
 def _remote(entry: Entry, mirror: Path, base: str) -> Entry:
-  if entry.frames:
-    raise UnreadableError("no_frames", "a folder of frames in an object store is not read")
   relative = os.path.relpath(os.path.realpath(entry.path), os.path.realpath(mirror))
-  span = entry.span or (0, os.path.getsize(entry.path))
-  return dataclasses.replace(entry, path=f"{base}/{Path(relative).as_posix()}", span=span)
+  address = f"{base}/{Path(relative).as_posix()}"
+  if entry.frames:
+    sizes = tuple(os.path.getsize(os.path.join(entry.path, name)) for name in entry.frames)
+    return dataclasses.replace(entry, path=address, frame_bytes=sizes)
+  return dataclasses.replace(entry, path=address, span=entry.span or (0, os.path.getsize(entry.path)))
