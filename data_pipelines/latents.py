@@ -71,7 +71,15 @@ class EncodedSource:
     self.source, self._encoder_name, self._encoder = source, encoder, load_encoder(encoder)
     self.name, self.rejects, self.encoder_hash = source.name, source.rejects, self._encoder.hash
     self.notes, self.form = getattr(source, "notes", []), getattr(source, "form", "")
-    for name in ("parts", "names", "text_encoder_hash", "text_encoder_hashes", "text", "text_tokens"):
+    for name in (
+      "parts",
+      "names",
+      "places",
+      "text_encoder_hash",
+      "text_encoder_hashes",
+      "text",
+      "text_tokens",
+    ):
       if hasattr(source, name):
         setattr(self, name, getattr(source, name))
 

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import grain
 import numpy as np
@@ -13,7 +13,7 @@ from data_pipelines import sizes, texts
 from data_pipelines.config import DataConfig, batch_spec
 from data_pipelines.latents import as_wanted
 from data_pipelines.loader import RowLoader, Tokenize, Unread
-from data_pipelines.sources.base import SampleInfo, Source, names_of
+from data_pipelines.sources.base import SampleInfo, Source, places_of
 from data_pipelines.sources.registry import build_source
 from data_pipelines.summary import Report, describe
 from data_pipelines.workers import Deaths, Notes
@@ -271,14 +271,13 @@ def chosen_ids(source: Source, config: DataConfig, split: str) -> np.ndarray:
   """Samples of one side of the split, ascending. A sample's side depends on its name alone (with
   `eval_fraction`: not even on the other samples)."""
   if split != "all" and (config.num_eval or config.eval_fraction):
-    return _split(names_of(source), len(source), config, split)
+    return _split(places_of(source), config, split)
   return np.arange(0 if split == "eval" else len(source), dtype=np.uint32)
 
 
-def _split(names: Iterable[str], count: int, config: DataConfig, split: str) -> np.ndarray:
+def _split(place: np.ndarray, config: DataConfig, split: str) -> np.ndarray:
   assert split in ("train", "eval"), split
-  hashed = (int.from_bytes(hashlib.blake2b(n.encode(), digest_size=8).digest(), "big") for n in names)
-  place = np.fromiter(hashed, np.uint64, count)
+  count = len(place)
   if config.num_eval:
     if config.num_eval >= count:
       raise ValueError(

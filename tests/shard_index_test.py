@@ -67,6 +67,7 @@ def test_a_large_index_is_mapped(prepared, tmp_path, monkeypatch, capsys, scheme
     assert (whole(again, i) == whole(held, i)).all()
   assert list(source.names()) == list(held.names()) == [held.info(i).name for i in range(200)]
   assert all((a == b).all() for a, b in zip(source.sizes(), held.sizes()))
+  assert "place" in source._numbers and (source.places() == held.places()).all()
   assert source.fingerprint() == held.fingerprint()
   assert not list(cache.glob("*.part"))
 

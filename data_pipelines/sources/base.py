@@ -1,6 +1,7 @@
 """What a source of samples is."""
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -87,7 +88,7 @@ class Source(Protocol):
   """Random access to samples; must pickle, since worker processes hold it.
 
   A source of millions also has `sizes() -> Sizes`, memory-mapped if it likes, and `names()`, an iterator over
-  those of all samples: planning then asks no `info`.
+  those of all samples: planning then asks no `info`. One that has kept them, `places()` too: `place_of` each.
   One of latents has `encoder_hash`, not empty, and mostly `channels`; its sizes count latent cells and `load`
   gives floats.
   One with embeddings of its captions has `text_encoder_hash`, `text(i, k)`, that of caption k, and
@@ -129,6 +130,17 @@ def sizes_of(source: Source) -> Sizes:
     info = source.info(i)
     rows[i] = info.num_frames, info.height, info.width, info.fps
   return Sizes(*(rows[:, k].astype(np.int32) for k in range(3)), rows[:, 3])
+
+
+def place_of(name: str) -> int:
+  """In [0, 2^64), at random: what decides whether a sample is held out."""
+  return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
+
+
+def places_of(source: Source) -> np.ndarray:
+  if callable(getattr(source, "places", None)):
+    return source.places()
+  return np.fromiter(map(place_of, names_of(source)), np.uint64, len(source))
 
 
 def names_of(source: Source) -> Iterator[str]:

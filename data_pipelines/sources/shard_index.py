@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from data_pipelines import shard_bytes
 from data_pipelines.sources import paths
+from data_pipelines.sources.base import place_of
 
 SCHEMA = pa.schema(
   [
@@ -47,12 +48,14 @@ _MAY_BE_EMPTY = ("text_tokens",)
 _LEAST = {"num_frames": 1, "height": 1, "width": 1, "span": 1, "offset": 0, "fps": 0}
 _PART = 2**16  # samples read at once
 _VERSION = 1  # of the folder
+_DTYPES = {name: SCHEMA.field(name).type.to_pandas_dtype() for name in NUMBERS}
+_DTYPES |= {"shard": np.int32, "place": np.uint64}  # of the columns that are written out
 _ABOUT, _TEXTS = "about.json", "texts.arrow"
 
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-  numbers: Mapping[str, np.ndarray]  # NUMBERS, and "shard": which of `shards`
+  numbers: Mapping[str, np.ndarray]  # NUMBERS, "shard": which of `shards`, and of a mapped one "place"
   texts: pa.Table
   shards: tuple[str, ...]
 
@@ -63,13 +66,22 @@ class Index:
     """Of all samples in their order, a part at a time."""
     first = 0
     for part in self.texts.select(["source"]).to_batches():
-      starts = self.numbers["start_s"][first : first + len(part)].tolist()
-      yield from map(name_of, part["source"].to_pylist(), starts)
+      yield from _names(part, self.numbers["start_s"][first : first + len(part)])
       first += len(part)
+
+  def places(self) -> np.ndarray:
+    """`place_of` each name; kept of a large set, of which it takes minutes."""
+    if "place" in self.numbers:
+      return self.numbers["place"]
+    return np.fromiter(map(place_of, self.names()), np.uint64, len(self))
 
 
 def name_of(source: str, start_s: float) -> str:
   return f"{source}@{start_s:g}s"
+
+
+def _names(part: pa.RecordBatch | pa.Table, start_s: np.ndarray) -> Iterator[str]:
+  return map(name_of, part["source"].to_pylist(), start_s.tolist())
 
 
 def hold(where: str, data: bytes) -> Index:
@@ -107,10 +119,11 @@ def _write(where: str, open_file: Callable[[], BinaryIO], checksum: str, folder:
       if shard_bytes.digest_file(file) != checksum:
         raise ValueError(f"{where} is not the one that is described: run the preparation again")
       file.seek(0)
-      sinks = {name: stack.enter_context(open(part / f"{name}.raw", "wb")) for name in (*NUMBERS, "shard")}
+      sinks = {name: stack.enter_context(open(part / f"{name}.raw", "wb")) for name in _DTYPES}
       writer, count = None, 0
       for columns, texts in _parts(where, file, shards):
-        for name, values in columns.items():
+        place = np.fromiter(map(place_of, _names(texts, columns["start_s"])), np.uint64, len(texts))
+        for name, values in {**columns, "place": place}.items():
           values.tofile(sinks[name])
         writer = writer or stack.enter_context(pa.ipc.new_file(part / _TEXTS, texts.schema))
         writer.write_table(texts)
@@ -126,8 +139,9 @@ def _write(where: str, open_file: Callable[[], BinaryIO], checksum: str, folder:
 def _mapped(folder: Path) -> Index:
   about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
   shape = (about["samples"],)
-  kinds = {name: SCHEMA.field(name).type.to_pandas_dtype() for name in NUMBERS} | {"shard": np.int32}
-  numbers = {name: np.memmap(folder / f"{name}.raw", kind, "r", shape=shape) for name, kind in kinds.items()}
+  numbers = {
+    name: np.memmap(folder / f"{name}.raw", kind, "r", shape=shape) for name, kind in _DTYPES.items()
+  }
   texts = pa.ipc.open_file(pa.memory_map(str(folder / _TEXTS))).read_all()
   return Index({name: np.asarray(column) for name, column in numbers.items()}, texts, tuple(about["shards"]))
 

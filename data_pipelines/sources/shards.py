@@ -105,6 +105,9 @@ class ShardSource:
   def names(self) -> Iterator[str]:
     return self._index.names()
 
+  def places(self) -> np.ndarray:
+    return self._index.places()
+
   def row(self, i: int) -> dict[str, Any]:
     """All that the index knows: source, start_s, stop_s, bucket, scores, ...; read when first asked."""
     if self._rows is None:
