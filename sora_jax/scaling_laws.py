@@ -39,6 +39,7 @@ def define_flags() -> None:
   config_flags.DEFINE_config_file("config", None, "plan: FILE.py or FILE.py:PRESET that all runs share.")
   for command in (plan_command, run_command, measure, compare, probe):
     command.define_flags()
+    flags.adopt_module_key_flags(command)  # so that --help shows them
   flags.DEFINE_string("csv", None, "Table of runs: columns params, tokens, compute, loss as the law needs.")
   flags.DEFINE_string("law", None, f"One of {', '.join(report.NAMES)}.")
   flags.DEFINE_string("json", None, "fit: where to write the result.")
