@@ -1,4 +1,4 @@
-"""Flags of the programs: help ends well and explains, switches are read in every way that users write them."""
+"""Flags of the programs: help ends well and explains, switches are read as users write them."""
 
 import subprocess
 import sys

@@ -25,7 +25,7 @@ from sora_jax.ladder.plan import cpu_seconds, say
 from sora_jax.parallel import exits
 from sora_jax.scaling import ladder, table
 from sora_jax.scaling.ladder import Plan, Run
-from sora_jax.trained import CONFIG, TOKENIZER
+from sora_jax.trained import CONFIG, TOKENIZER, WORDS
 
 FLAGS = flags.FLAGS
 RESULTS, LOG, COMPILED = "results.csv", "log.txt", "compiled"
@@ -209,9 +209,10 @@ def changed(place: Place) -> None:
 
 def _same_vocabulary(place: Place) -> None:
   """All runs of a ladder share the vocabulary that the plan counted with."""
-  known, own = Path(FLAGS.plan).parent / TOKENIZER, place.workdir / TOKENIZER
-  if known.is_file() and not own.is_file():
-    own.write_bytes(known.read_bytes())
+  for name in (WORDS, TOKENIZER):
+    known, own = Path(FLAGS.plan).parent / name, place.workdir / name
+    if known.is_file() and not own.is_file():
+      own.write_bytes(known.read_bytes())
 
 
 def launch(plan: Plan, todo: list[Place]) -> int:
