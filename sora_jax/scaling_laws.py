@@ -10,9 +10,11 @@ measure --workdir=RUN                                           loss and accurac
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
+import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
@@ -69,6 +71,12 @@ def fit_or_plot(command: str) -> int:
   if FLAGS.bootstrap and FLAGS.bootstrap < 20:
     raise ValueError(f"--bootstrap={FLAGS.bootstrap}: an interval needs 20 replicas or more, or 0 for none")
   runs = load(FLAGS.csv, FLAGS.law, frontier=FLAGS.frontier)
+  # Replicas of runs that determine little go to infinity, and their intervals with them.
+  with np.errstate(all="ignore"):
+    return _fit_or_plot(command, runs)
+
+
+def _fit_or_plot(command: str, runs: Table) -> int:
   try:
     fitted = report.fit(FLAGS.law, runs, num=FLAGS.bootstrap, seed=FLAGS.seed)
   except ValueError as error:
@@ -81,9 +89,18 @@ def fit_or_plot(command: str) -> int:
   if FLAGS.json:
     path = Path(FLAGS.json)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    path.write_text(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
   print(describe(result))
   return 0
+
+
+def _finite(value):
+  """JSON has no infinity: null."""
+  if isinstance(value, dict):
+    return {key: _finite(part) for key, part in value.items()}
+  if isinstance(value, list):
+    return [_finite(part) for part in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def load(path: str, law: str, *, frontier: bool = False) -> Table:

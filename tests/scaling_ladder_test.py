@@ -145,7 +145,7 @@ def test_a_plan_is_read_as_written_a_run_a_line(tmp_path):
 
 def test_bad_plans_and_sizes(tmp_path):
   path = tmp_path / "plan.json"
-  for text, says in (("{", "not JSON"), ('{"runs": [{"nom": 1}]}', "not a plan"), ("{}", "not a plan")):
+  for text, says in (("{", "not JSON"), ('{"runs": [3]}', "not a plan"), ("{}", "not a plan")):
     path.write_text(text)
     with pytest.raises(ValueError, match=says):
       ladder.read(path)
@@ -388,3 +388,11 @@ def test_a_changed_plan_is_no_finished_run(tmp_path):
   (tmp_path / "config.json").write_text(json.dumps({"optimizer": {"lr": 0.02}, "model": {"width": 8}}))
   with pytest.raises(ValueError, match="trained with optimizer.lr = 0.02, the plan says 0.01: rename"):
     run_command.changed(place)
+
+
+def test_a_wrong_override_is_refused_before_anything_is_trained():
+  base = scaling.get_config("debug").to_dict()
+  run_command.check_overrides(a_run(overrides={"model.width": 16, "optimizer.lr": 1}), base)
+  for key, value, says in (("train.num_step", 7, "no key train.num_step"), ("model.width", "wide", "wide")):
+    with pytest.raises(ValueError, match=f"run a: .*{says}"):
+      run_command.check_overrides(a_run(overrides={key: value}), base)

@@ -19,9 +19,9 @@ from typing import TextIO
 
 from absl import flags
 
-from sora_jax.ladder import measure
+from sora_jax.ladder import cost, measure
 from sora_jax.ladder.calibrate import TIMES
-from sora_jax.ladder.plan import cpu_seconds, say
+from sora_jax.ladder.plan import BASE, cpu_seconds, say
 from sora_jax.parallel import exits
 from sora_jax.scaling import ladder, table
 from sora_jax.scaling.ladder import Plan, Run
@@ -68,7 +68,10 @@ def main() -> int:
   if not FLAGS.plan:
     raise ValueError("--plan is missing: the plan.json that `plan` wrote")
   plan, todo = places(FLAGS.plan, FLAGS.runs_dir)
+  base = Path(FLAGS.plan).parent / BASE
   for place in todo:
+    if base.is_file():
+      check_overrides(place.run, json.loads(base.read_text(encoding="utf-8")))
     changed(place)
   if FLAGS.launcher:
     return launch(plan, todo)
@@ -188,6 +191,14 @@ def _reason(log: Path) -> str:
   """The last error that a command told of."""
   lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
   return f" ({lines[-1].removeprefix('error: ')})" if lines else ""
+
+
+def check_overrides(run: Run, base: dict) -> None:
+  """Before anything is trained, for each run would fail by itself, minutes apart."""
+  try:
+    cost.resolved(base, run.overrides)
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"the plan, run {run.name}: {error}") from None
 
 
 def changed(place: Place) -> None:
