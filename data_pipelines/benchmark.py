@@ -9,7 +9,6 @@ decode    reading --source (and the other keys of config.data): against a plain 
 latents   reading prepared latents of --source
 """
 
-import argparse
 import json
 import resource
 import sys
@@ -19,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_pipelines import benchmark_index, benchmark_packing, benchmark_reading
-from data_pipelines.cli import add_arguments
+from data_pipelines.cli import add_arguments, new_parser, parse
 from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec
 from data_pipelines.sources.base import SampleInfo, Sizes
 from sora_jax.packing.plan import RowPlan
@@ -28,16 +27,14 @@ _STEPS = 200
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(
-    prog="python -m data_pipelines.benchmark", description=__doc__.split("\n")[0]
-  )
+  parser = new_parser("benchmark", __doc__)
   parser.add_argument("--what", choices=("padding", "planning", "index", "decode", "latents"), required=True)
   parser.add_argument("--samples", type=int, default=10_000_000, help="of planning and index")
   parser.add_argument("--clips", type=int, default=48, help="read in a round of decode or latents")
   parser.add_argument("--repeats", type=int, default=3, help="rounds")
-  parser.add_argument("--json", action="store_true")
+  parser.add_argument("--json", action="store_true", help="print a JSON object a line")
   add_arguments(parser)
-  arguments = vars(parser.parse_args(argv))
+  arguments = parse(parser, argv)
   own = {key: arguments.pop(key) for key in ("what", "samples", "clips", "repeats", "json")}
   try:
     config = DataConfig(**arguments)

@@ -4,7 +4,6 @@ SOURCE is what `data.source` takes: a path, a registered name or "package.module
 `config.data` are flags. Prints a line for each problem; exit code 0 = none, 1 = some.
 """
 
-import argparse
 import collections
 import math
 import pickle
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.cli import add_arguments
+from data_pipelines.cli import add_arguments, new_parser, parse
 from data_pipelines.config import DataConfig
 from data_pipelines.sources.base import SampleInfo, UnreadableError
 from data_pipelines.sources.registry import build_source
@@ -25,11 +24,11 @@ _MAX_SIDE, _MAX_FRAMES = 128, 8  # of what is read
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(prog="python -m data_pipelines.check", description=__doc__.split("\n")[0])
-  parser.add_argument("source")
+  parser = new_parser("check", __doc__)
+  parser.add_argument("source", metavar="SOURCE")
   parser.add_argument("--samples", type=int, default=32, help="how many are read, spread evenly")
   add_arguments(parser, without=("source",))
-  arguments = vars(parser.parse_args(argv))
+  arguments = parse(parser, argv)
   samples = arguments.pop("samples")
   problems, source = [], None
   try:

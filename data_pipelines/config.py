@@ -18,31 +18,31 @@ class DataConfig:
   format: str = ""  # of a path: "" = seen from it; else a name of docs/data.md
   data_root: str = ""  # where a manifest's relative paths also may start; "" = its own folder
   media_column: str = ""  # of a manifest; "" = the first known one
-  caption_column: str = ""
-  captions_optional: bool = False
+  caption_column: str = ""  # "" = the first known one; "long,short" = a caption from each
+  captions_optional: bool = False  # a set without any caption is taken too
   allow_outside_root: bool = False  # follow links, ".." and absolute paths out of the data folder
   frame_rate: float = 24.0  # of folders of frames, which do not say
   min_size: int = 32  # pixels of the shorter side
-  max_aspect: float = 8.0
+  max_aspect: float = 8.0  # of the longer side to the shorter
   decode_limit_s: float = (
     120.0  # videos up to this long are decoded once for the index, to count what decodes
   )
   index_dir: str = ""  # "" = beside the data, or else in the user's cache folder
   num_samples: int = 100_000  # of the synthetic source
   sources: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # several: see docs/data.md
-  seed: int = 0
+  seed: int = 0  # of the order of samples, of where clips begin and of captions
 
   # Pixels, or latents of an encoder: its hash for a set prepared with it, "package.module:Class" for either.
-  latents: str = ""
-  latent_channels: int = 0
+  latents: str = ""  # an encoder of pixels: its hash, or "package.module:Class"
+  latent_channels: int = 0  # of a latent cell, with data.latents
 
   # Captions as embeddings of an encoder that is not trained, named as that of latents; "" = ids of a
   # vocabulary learned from them.
-  text: str = ""
-  text_width: int = 0
+  text: str = ""  # an encoder of captions: its hash, or "package.module:Class"
+  text_width: int = 0  # of the embedding of a token, with data.text
 
   # How large a sample becomes: see packing.geometry.fit_size.
-  patch: Patch = (1, 16, 16)
+  patch: Patch = (1, 16, 16)  # frames, height, width of a token
   max_tokens: int = 0  # of one sample; 0 = a whole row
   max_padding: float = (
     0.0  # lower max_tokens, at most by half, until rows pad no more than this; 0 = leave it
@@ -56,7 +56,7 @@ class DataConfig:
 
   # Rows.
   rows: int = 8  # of one step, over all hosts
-  row_tokens: int = 1024
+  row_tokens: int = 1024  # of a row
   row_samples: int = 16  # at most
   row_text_tokens: int = 256  # of all captions of a row
   packing: str = "best_fit"  # or "greedy"
@@ -64,14 +64,14 @@ class DataConfig:
   packing_cost: tuple[float, float] = (1.0, 0.0)  # a, b: rows are evened out by a * sum(l) + b * sum(l^2)
 
   # Captions: how often the first, the second, ... of a sample is taken; () = each as often.
-  caption_weights: tuple[float, ...] = ()
+  caption_weights: tuple[float, ...] = ()  # of the first, the second, ... of a sample
 
   # Prompts: with this probability the first frames of a video are given, not denoised.
-  given_probability: float = 0.0
+  given_probability: float = 0.0  # that a video has frames given
   given_image_share: float = 0.5  # of these, only the first latent frame; the rest up to half of the frames
 
   # Held out, by a hash of the name.
-  num_eval: int = 0
+  num_eval: int = 0  # samples held out
   eval_fraction: float = 0.0  # used where num_eval is 0
 
   # Loading.

@@ -3,21 +3,20 @@
 Takes the keys of `config.data`. Text is counted in words; a run counts the tokens of its own vocabulary.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 
-from data_pipelines.cli import add_arguments
+from data_pipelines.cli import add_arguments, new_parser, parse
 from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec, build_source
 from data_pipelines.texts import reader
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(prog="python -m data_pipelines.report", description=__doc__.split("\n")[0])
-  add_arguments(parser)
+  parser = new_parser("report", __doc__)
   parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-  arguments = vars(parser.parse_args(argv))
+  add_arguments(parser)
+  arguments = parse(parser, argv)
   as_json = arguments.pop("json")
   try:
     config = DataConfig(**arguments)

@@ -38,6 +38,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
   debug = "--debug" in argv or "--debug=true" in argv
   try:
     rest = flags.FLAGS(list(argv))
+  except SystemExit:  # only --help and its like end a program here, by absl with 1
+    sys.exit(exits.DONE)
   except Exception as error:  # config files run while flags are parsed: anything may come
     if debug and not isinstance(error, flags.Error):
       raise

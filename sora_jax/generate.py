@@ -87,6 +87,8 @@ def check(request: Request, patch: Patch) -> None:
     raise ValueError(f"cannot generate {request.prompt!r}: " + ". ".join(wrong))
   if frames > 1 and request.fps <= 0:
     raise ValueError(f"cannot generate {request.prompt!r}: fps = {request.fps} of a video must be above 0")
+  if request.index < 0:
+    raise ValueError(f"cannot generate {request.prompt!r}: index = {request.index} is below 0")
   if request.prompt_frames is None:
     return
   given, size = len(request.prompt_frames), request.prompt_frames.shape[1:3]

@@ -2,7 +2,8 @@
 
 `a red circle moving left --w 32 --h 24 --f 8 --fps 8 --d 7 --s 50 --l 4.0 --n blurry --i first.png`: width,
 height, frames, frames per second, seed, steps, guidance scale, negative prompt, image prompt (`--v`: video
-prompt). All options are optional; the flags of the command line stand in for them.
+prompt, `--k`: index, which video of the prompt and the seed). All options are optional; the flags of the
+command line stand in for them.
 """
 
 import re
@@ -18,6 +19,7 @@ OPTIONS = {
   "f": ("num_frames", int),
   "fps": ("fps", float),
   "d": ("seed", int),
+  "k": ("index", int),
   "s": ("num_inference_steps", int),
   "l": ("guidance_scale", float),
   "n": ("negative_prompt", str),

@@ -41,6 +41,7 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     "num_videos_per_prompt", 1, "Videos of each prompt, each of other noise.", lower_bound=1
   )
+  flags.DEFINE_integer("index", 0, "Which of these comes first: that of a sample's JSON.", lower_bound=0)
   flags.DEFINE_string("image", None, "Image prompt: the first frame.")
   flags.DEFINE_string("video", None, "Video prompt: its end is the beginning of the new video.")
   flags.DEFINE_integer(
@@ -93,6 +94,11 @@ def _announce(run: TrainedRun, jobs: list[Job]) -> None:
   print(
     f"{len(jobs)} samples from step {run.step} ({run.which}) of {run.workdir}", file=sys.stderr, flush=True
   )
+  requests = [job.request for job in jobs]
+  texts = [r.prompt for r in requests] + [r.negative_prompt for r in requests]
+  if unknown := trained.unknown_words(run.workdir, texts):
+    shown = ", ".join(unknown[:20]) + ", ..." * (len(unknown) > 20)
+    print(f"note: in no caption of the run, and so unknown to it: {shown}", file=sys.stderr, flush=True)
   trained_on = run.data.max_tokens or run.spec.tokens
   for r in {job.request.prompt: job.request for job in jobs}.values():
     tokens = num_tokens(ClipSpec(r.num_frames, r.height, r.width), run.data.patch)
@@ -129,7 +135,9 @@ def _jobs(run: TrainedRun, values: dict) -> list[Job]:
     request = dataclasses.replace(request, prompt_frames=frames)
     check(request, run.data.patch)
   return [
-    Job(request=dataclasses.replace(request, index=i), config=config, image=image, video=video)
+    Job(
+      request=dataclasses.replace(request, index=values["index"] + i), config=config, image=image, video=video
+    )
     for i in range(FLAGS.num_videos_per_prompt)
   ]
 

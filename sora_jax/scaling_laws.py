@@ -10,9 +10,11 @@ measure --workdir=RUN                                           loss and accurac
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
+import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
@@ -39,6 +41,7 @@ def define_flags() -> None:
   config_flags.DEFINE_config_file("config", None, "plan: FILE.py or FILE.py:PRESET that all runs share.")
   for command in (plan_command, run_command, measure, compare, probe):
     command.define_flags()
+    flags.adopt_module_key_flags(command)  # so that --help shows them
   flags.DEFINE_string("csv", None, "Table of runs: columns params, tokens, compute, loss as the law needs.")
   flags.DEFINE_string("law", None, f"One of {', '.join(report.NAMES)}.")
   flags.DEFINE_string("json", None, "fit: where to write the result.")
@@ -68,6 +71,12 @@ def fit_or_plot(command: str) -> int:
   if FLAGS.bootstrap and FLAGS.bootstrap < 20:
     raise ValueError(f"--bootstrap={FLAGS.bootstrap}: an interval needs 20 replicas or more, or 0 for none")
   runs = load(FLAGS.csv, FLAGS.law, frontier=FLAGS.frontier)
+  # Replicas of runs that determine little go to infinity, and their intervals with them.
+  with np.errstate(all="ignore"):
+    return _fit_or_plot(command, runs)
+
+
+def _fit_or_plot(command: str, runs: Table) -> int:
   try:
     fitted = report.fit(FLAGS.law, runs, num=FLAGS.bootstrap, seed=FLAGS.seed)
   except ValueError as error:
@@ -80,9 +89,18 @@ def fit_or_plot(command: str) -> int:
   if FLAGS.json:
     path = Path(FLAGS.json)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    path.write_text(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
   print(describe(result))
   return 0
+
+
+def _finite(value):
+  """JSON has no infinity: null."""
+  if isinstance(value, dict):
+    return {key: _finite(part) for key, part in value.items()}
+  if isinstance(value, list):
+    return [_finite(part) for part in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def load(path: str, law: str, *, frontier: bool = False) -> Table:

@@ -31,7 +31,7 @@ from sora_jax.parallel import agreement, cluster, exits, hostlog, multihost
 from sora_jax.parallel.mesh import ROW_AXES, MeshConfig, local_rows, make_mesh
 from sora_jax.parallel.sentinel import Sentinel
 from sora_jax.tasks import registry
-from sora_jax.trained import TEXT_ENCODER, TOKENIZER
+from sora_jax.trained import TEXT_ENCODER, TOKENIZER, WORDS
 from sora_jax.training import checkpoint
 from sora_jax.training.hooks import Hook
 from sora_jax.training.loop import TrainConfig, fit
@@ -197,8 +197,15 @@ def vocabulary(workdir: Path, source, data: DataConfig, text: ml_collections.Con
   if multihost.is_main() and not path.is_file():
     ids = chosen_ids(source, data, "train")
     ids = ids[np.linspace(0, len(ids) - 1, min(len(ids), MOST_CAPTIONED)).astype(np.int64)]
-    captions = (c for i in ids.tolist() for c in source.info(i).captions)
-    learned = tokenizer_lib.train(captions, vocab_size=text.vocab_size, max_tokens=text.max_tokens)
+    known: set[str] = set()
+
+    def captions():
+      for caption in (c for i in ids.tolist() for c in source.info(i).captions):
+        known.update(tokenizer_lib.words(caption))
+        yield caption
+
+    learned = tokenizer_lib.train(captions(), vocab_size=text.vocab_size, max_tokens=text.max_tokens)
+    (workdir / WORDS).write_text("".join(f"{word}\n" for word in sorted(known)), encoding="utf-8")
     partial = path.with_suffix(".tmp")
     learned.save(partial)
     partial.replace(path)

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -26,6 +26,7 @@ from sora_jax.training.optimizer import OptimizerConfig
 from sora_jax.types import BatchSpec
 
 CONFIG, TOKENIZER, TEXT_ENCODER = "config.json", "tokenizer.json", "text_encoder.json"
+WORDS = "words.txt"  # of the captions that the vocabulary was learned from
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,15 @@ def check_text(workdir: Path, embedder: Embedder) -> None:
       f"{workdir} was trained on text embeddings of encoder {held['hash']}, of width {held['width']}; "
       f"{embedder.name} is encoder {embedder.hash}, of width {embedder.width}"
     )
+
+
+def unknown_words(workdir: Path, texts: Iterable[str]) -> list[str]:
+  """Those that stood in no caption of a run; none where its text is embeddings, whose encoder knows."""
+  path = workdir / WORDS
+  if not path.is_file():
+    return []
+  known = set(path.read_text(encoding="utf-8").split("\n"))
+  return [w for w in dict.fromkeys(w for text in texts for w in tokenizer_lib.words(text)) if w not in known]
 
 
 def sample(run: TrainedRun, requests: Sequence[Request], config: SampleConfig) -> list[np.ndarray]:

@@ -135,10 +135,12 @@ def test_a_run_from_start_to_samples(workdir, tmp_path):
   )
   assert said["checkpoint_step"] == 2 and said["versions"]["jax"] and said["config_digest"]
   # What the file says makes the sample again; an image prompt keeps its aspect ratio; numbers go on.
-  again = [f"--{k}={said[k]}" for k in ("prompt", "width", "height", "num_frames", "fps", "seed", "sampler")]
+  again = [
+    f"--{k}={said[k]}" for k in ("prompt", "width", "height", "num_frames", "fps", "seed", "sampler", "index")
+  ]
   run(*common[:3], *again, "--num_inference_steps=1", "--num_videos_per_prompt=2", f"--image={image}")
   first = json.loads((out / "sample_0006.json").read_text())
-  assert first["image"] == str(image) and first["prompt_frames"] == 1
+  assert (first["image"], first["index"]) == (str(image), 1) and first["prompt_frames"] == 1
   with av.open(str(out / "sample_0006.mp4")) as clip:
     frame = next(clip.decode(video=0)).to_ndarray(format="rgb24").astype(int)
   assert np.abs(frame - (200, 30, 60)).mean() < 8  # H.264 loses a little

@@ -69,6 +69,16 @@ def test_a_table_that_was_not_seen_is_pointed_at(root, plain):
   assert_same(build(root / "mine.json"), plain)
 
 
+def test_what_is_no_record_is_named_by_its_place(root):
+  records = rows("path", "text")
+  write_json(root / "a.jsonl", [*records, ["b.mp4", "a dog"]], lines=True)
+  with pytest.raises(ValueError, match=r'a.jsonl, line 3: \["b.mp4", "a dog"\] is no record like {"path'):
+    build(root / "a.jsonl")
+  write_json(root / "a.json", [*records, "b.mp4"])
+  with pytest.raises(ValueError, match=r'a.json, record 3: "b.mp4" is no record like {"path'):
+    build(root / "a.json")
+
+
 @pytest.mark.parametrize("suffix", [".txt", ".caption"])
 def test_musubi_toml(tmp_path, plain, suffix):
   put_clips(tmp_path / "clips", plain)

@@ -128,6 +128,7 @@ def test_rows_over_devices(model):
     ({"height": 3}, "height = 3 is no multiple of 4; nearest: 4"),
     ({"height": -4}, "height = -4 is no multiple of 4; nearest: 4"),
     ({"num_frames": 7}, "num_frames = 7 is neither 1 nor a multiple of 2; nearest: 6 and 8"),
+    ({"index": -1}, "'a red circle': index = -1 is below 0"),
     ({"fps": 0.0}, "fps = 0.0 of a video must be above 0"),
     ({"prompt_frames": frames((1, 8, 12, 3))}, "the prompt frames of 'a red circle' are 12x8, not 16x8"),
     (
@@ -145,12 +146,20 @@ def test_sizes_that_do_not_work_name_those_that_do(change, says):
 def test_prompt_files(tmp_path):
   path = tmp_path / "prompts.txt"
   path.write_text(
-    "# a comment\n\na red circle, 8-sided\nfast -- not slow --w 32 --h 24 --f 8 --fps 12 --d 7\n"
+    "# a comment\n\na red circle, 8-sided\nfast -- not slow --w 32 --h 24 --f 8 --fps 12 --d 7 --k 2\n"
     "dog --s 5 --l 2.5 --n ugly blur --i a b.png\n"
   )
   assert prompts.read(path) == [
     {"prompt": "a red circle, 8-sided"},
-    {"prompt": "fast -- not slow", "width": 32, "height": 24, "num_frames": 8, "fps": 12.0, "seed": 7},
+    {
+      "prompt": "fast -- not slow",
+      "width": 32,
+      "height": 24,
+      "num_frames": 8,
+      "fps": 12.0,
+      "seed": 7,
+      "index": 2,
+    },
     {
       "prompt": "dog",
       "num_inference_steps": 5,

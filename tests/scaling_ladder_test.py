@@ -145,7 +145,7 @@ def test_a_plan_is_read_as_written_a_run_a_line(tmp_path):
 
 def test_bad_plans_and_sizes(tmp_path):
   path = tmp_path / "plan.json"
-  for text, says in (("{", "not JSON"), ('{"runs": [{"nom": 1}]}', "not a plan"), ("{}", "not a plan")):
+  for text, says in (("{", "not JSON"), ('{"runs": [3]}', "not a plan"), ("{}", "not a plan")):
     path.write_text(text)
     with pytest.raises(ValueError, match=says):
       ladder.read(path)
@@ -277,25 +277,26 @@ def test_streams_end_in_the_output_and_leave_the_model_alone():
 
 
 @functools.cache
-def fake_run(samples: int):
+def fake_run(samples: int, text_width: int = 0):
   """As far as features.embed reads a run."""
-  spec = BatchSpec(rows=2, tokens=96, channels=384, samples=samples, text_tokens=16)
+  spec = BatchSpec(rows=2, tokens=96, channels=384, samples=samples, text_tokens=16, text_width=text_width)
   data = SimpleNamespace(patch=(2, 8, 8), max_tokens=0, max_frames=0, target_fps=0.0)
   mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
   return SimpleNamespace(spec=spec, data=data, mesh=mesh, diffusion=ObjectiveConfig(prediction="x0"))
 
 
-def test_features_do_not_depend_on_the_row():
+@pytest.mark.parametrize("text_width", [0, 6])  # ids, embeddings
+def test_features_do_not_depend_on_the_row(text_width):
   scenes = features.clips(11, seed=3)
   config = TextConfig(vocab_size=10, width=8, depth=1, heads=2)
   task = text_to_video.build(
     model=DiTConfig(width=16, depth=2, heads=2), text_config=config, diffusion=ObjectiveConfig(),
-    batch_spec=fake_run(4).spec,
+    batch_spec=fake_run(4, text_width).spec,
   )  # fmt: skip
   model = features.random_weights(task.init(nnx.Rngs(0)), 1)
   found = []
   for samples in (4, 1):
-    run = fake_run(samples)
+    run = fake_run(samples, text_width)
     batches = features.pack(run, scenes)
     found.append(features.embed(run, model, batches, noise_level=0.2, seed=0))
   assert found[0].shape == (2, 11, 3 * 16)
@@ -388,3 +389,11 @@ def test_a_changed_plan_is_no_finished_run(tmp_path):
   (tmp_path / "config.json").write_text(json.dumps({"optimizer": {"lr": 0.02}, "model": {"width": 8}}))
   with pytest.raises(ValueError, match="trained with optimizer.lr = 0.02, the plan says 0.01: rename"):
     run_command.changed(place)
+
+
+def test_a_wrong_override_is_refused_before_anything_is_trained():
+  base = scaling.get_config("debug").to_dict()
+  run_command.check_overrides(a_run(overrides={"model.width": 16, "optimizer.lr": 1}), base)
+  for key, value, says in (("train.num_step", 7, "no key train.num_step"), ("model.width", "wide", "wide")):
+    with pytest.raises(ValueError, match=f"run a: .*{says}"):
+      run_command.check_overrides(a_run(overrides={key: value}), base)

@@ -4,10 +4,14 @@ import pickle
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 from flax import nnx
 
+from data_pipelines.config import DataConfig
+from data_pipelines.sources.base import SampleInfo
+from sora_jax import train, trained
 from sora_jax.conditioning import text, tokenizer
 from sora_jax.conditioning.text import TextConfig, TextEncoder
 from sora_jax.types import BatchSpec
@@ -37,6 +41,26 @@ def test_vocabulary_is_deterministic_saved_and_picklable(vocabulary, tmp_path):
   vocabulary.save(tmp_path / "tokenizer.json")
   loaded = tokenizer.load(tmp_path / "tokenizer.json", max_tokens=16)
   assert loaded(CAPTIONS[0]) == pickle.loads(pickle.dumps(vocabulary))(CAPTIONS[0]) == vocabulary(CAPTIONS[0])
+
+
+class Captioned:
+  """Two captions a sample, and nothing to load."""
+
+  def __len__(self):
+    return 3
+
+  def info(self, i):
+    captions = (CAPTIONS[i], "The dog's É")
+    return SampleInfo(id=i, name=str(i), num_frames=1, height=8, width=8, fps=0.0, captions=captions)
+
+
+def test_words_of_no_caption_are_known_as_such(tmp_path):
+  """The vocabulary itself splits a word that it never saw into pieces, as it does a rare one."""
+  settings = ml_collections.ConfigDict({"vocab_size": 300, "max_tokens": 9})
+  train.vocabulary(tmp_path, Captioned(), DataConfig(), settings)
+  texts = ["A RED e\u0301, moving leftwards", "the dog's cat: leftwards", ""]
+  assert trained.unknown_words(tmp_path, texts) == ["leftwards", "cat"]
+  assert trained.unknown_words(tmp_path / "elsewhere", texts) == []
 
 
 def test_long_captions_are_cut_and_small_vocabularies_refused(vocabulary):

@@ -6,16 +6,15 @@ however often it was stopped. See docs/prepare.md.
 """
 
 import dataclasses
-import inspect
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import app, flags
 
+from data_pipelines.cli import remarks
 from data_pipelines.config import DataConfig
 from data_pipelines.prepare import beam_runner, local_runner
 from data_pipelines.prepare.config import PrepareConfig
@@ -39,10 +38,10 @@ def define_flags() -> None:
   flags.DEFINE_enum("runner", "local", ["local", "beam"], "What runs the work.")
   flags.DEFINE_string("beam_args", "", "Of Beam: --runner=FlinkRunner --flink_master=...")
   for kind in (PrepareConfig, DataConfig):
-    remarks = dict(re.findall(r"^  (\w+): .*?  # (.+)$", inspect.getsource(kind), re.MULTILINE))
+    said = remarks(kind)
     for field in dataclasses.fields(kind):
       if kind is PrepareConfig or field.name in _DATA:
-        _define(field.name, field.default, remarks.get(field.name, f"See {kind.__module__}."))
+        _define(field.name, field.default, said[field.name])
 
 
 def _define(name: str, default: object, remark: str) -> None:
@@ -67,6 +66,16 @@ def _value(field: dataclasses.Field) -> object:
     return tuple(kind(v) for v in value)
   except ValueError as e:
     raise ValueError(f"--{field.name}={','.join(value)} is no list of numbers") from e
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+  try:
+    return FLAGS(list(argv))
+  except SystemExit:  # --help, which absl ends with 1
+    sys.exit(0)
+  except flags.Error as e:
+    print(f"error: {e}", file=sys.stderr)
+    sys.exit(2)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -126,4 +135,4 @@ def summary(outcome: Outcome, out: Path) -> str:
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main)
+  app.run(main, flags_parser=parse)

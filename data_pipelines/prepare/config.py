@@ -30,15 +30,15 @@ class PrepareConfig:
   trim: float = 0.0  # seconds taken off both ends of a shot that a cut made
 
   # Filters; a value of 0 (or "") switches one off, where not stated otherwise.
-  min_fps: float = 4.0
+  min_fps: float = 4.0  # frames a second of a video
   min_luma: float = 8.0  # mean of 255: below is black
   min_contrast: float = 3.0  # standard deviation of 255: below is flat
   min_motion: float = 0.15  # mean change of a pixel between frames, of 255: below is static
-  max_motion: float = 0.0
+  max_motion: float = 0.0  # above is too restless
   borders: str = "crop"  # black bars: "crop", "drop" or "keep"
   max_borders: float = 0.6  # share of the picture: above is dropped
-  min_caption_words: int = 0
-  max_caption_words: int = 0
+  min_caption_words: int = 0  # of the longest caption
+  max_caption_words: int = 0  # of the longest caption
   score: str = ""  # "module:function" of (frames_THWC, captions) -> float
   min_score: float = 0.0  # used where `score` is given
 
@@ -47,15 +47,15 @@ class PrepareConfig:
   dedup_cell: float = 24.0  # and levels of 255 by which the colour of any of its 144 cells may
 
   # Hooks, "module:function" or "module:Class" (built without arguments); see docs/prepare.md.
-  caption: str = ""
-  latents: str = ""
-  text: str = ""
+  caption: str = ""  # of (frames_THWC, captions) -> captions
+  latents: str = ""  # an encoder of pixels
+  text: str = ""  # an encoder of captions
 
   # Sizes.
   resolutions: tuple[int, ...] = (256,)  # sides of squares of equal area; the largest that fits is taken
   aspects: tuple[str, ...] = ("9:16", "2:3", "3:4", "1:1", "4:3", "3:2", "16:9")  # width:height
   multiple: int = 16  # of height and width
-  max_enlarge: float = 1.15
+  max_enlarge: float = 1.15  # times, at most, that a clip is enlarged to its bucket
   max_crop: float = 0.25  # share cut off to reach the aspect ratio
   target_fps: float = 0.0  # at most; 0 = native
   durations: tuple[int, ...] = (1, 9, 17, 33, 65, 129, 257)  # frames from which on a clip is in a bucket

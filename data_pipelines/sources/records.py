@@ -14,6 +14,7 @@ from data_pipelines.sources import paths
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 TABLES = (*SUFFIXES, ".toml")  # of records, or of data sets (trainer_tables)
 PICKLES = (".pkl", ".pickle", ".pth", ".pt")
+_EXAMPLE = '{"path": "a.mp4", "caption": "..."}'
 
 Record = dict[str, Any]
 
@@ -60,7 +61,9 @@ def _read_json(manifest: Path, text: str, *, lines: bool) -> list[Record]:
       records = []
       for number, line in enumerate(text.split("\n"), 1):  # noqa: B007, named in the error
         if line.strip():
-          records.append(json.loads(line))
+          records.append(record := json.loads(line))
+          if not isinstance(record, dict):
+            raise ValueError(f"{line.strip()[:40]} is no record like {_EXAMPLE}")
     else:
       records = json.loads(text)
       records = records.get("data") if isinstance(records, dict) else records
@@ -68,8 +71,11 @@ def _read_json(manifest: Path, text: str, *, lines: bool) -> list[Record]:
     raise ValueError(f"{manifest}, line {number + e.lineno - 1}: {e.msg}") from e
   except (ValueError, RecursionError) as e:  # a number of too many digits, brackets too deep
     raise ValueError(f"{manifest}, line {number}: {e}") from e
-  if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
-    raise ValueError(f'{manifest} holds no list of records like {{"path": "a.mp4", "caption": "..."}}')
+  if not isinstance(records, list):
+    raise ValueError(f"{manifest} holds no list of records like {_EXAMPLE}")
+  for number, record in enumerate(records, 1):
+    if not isinstance(record, dict):
+      raise ValueError(f"{manifest}, record {number}: {json.dumps(record)[:40]} is no record like {_EXAMPLE}")
   return records
 
 

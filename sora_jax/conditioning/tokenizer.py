@@ -1,6 +1,8 @@
 """A byte-level BPE vocabulary trained on the captions at hand, so that nothing has to be downloaded."""
 
 import dataclasses
+import re
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from sora_jax.types import START_ID
 
 SPECIAL = ["[PAD]", "[NULL]", "[START]"]  # types.PAD_ID, NULL_ID, START_ID
 SMALLEST = 256 + len(SPECIAL)  # every byte, so that any text can be encoded
+_WORD = re.compile(r"\w+(?:['’]\w+)*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,11 @@ def train(captions: Iterable[str], *, vocab_size: int, max_tokens: int) -> Token
   )
   tokenizer.train_from_iterator(captions, trainer)
   return Tokenizer(tokenizer.to_str(), max_tokens)
+
+
+def words(text: str) -> list[str]:
+  """As the vocabulary takes them: in lower case, composed."""
+  return _WORD.findall(unicodedata.normalize("NFC", text).lower())
 
 
 def load(path: Path, *, max_tokens: int) -> Tokenizer:

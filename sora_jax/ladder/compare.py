@@ -104,7 +104,8 @@ def choose(todo: Sequence[Place], multiples: Sequence[float]) -> list[Place]:
     if not near:
       there = sorted({round(place.run.budget / least, 2) for place in done})
       raise ValueError(
-        f"no finished run of {multiple:g}x compute; there are {', '.join(f'{m:g}x' for m in there)}"
+        f"no finished run of {multiple:g}x compute; there are {', '.join(f'{m:g}x' for m in there)}: "
+        f"--multiples={','.join(f'{m:g}' for m in there)}"
       )
     chosen.append(min(near, key=lambda place: place.measured()["loss"]))
   return chosen

@@ -22,7 +22,7 @@ from sora_jax.diffusion.objectives import ObjectiveConfig
 from sora_jax.evaluate import fitted
 from sora_jax.nn import layers
 from sora_jax.packing.geometry import ClipSpec, grid_of, patchify, to_float
-from sora_jax.packing.pack import PackedSample, pack_row, stack_rows
+from sora_jax.packing.pack import PackedSample, pack_row, stack_rows, text_of
 from sora_jax.tasks import registry, text_to_video
 from sora_jax.trained import TrainedRun
 from sora_jax.types import NULL_ID, Array, TokenBatch
@@ -39,6 +39,9 @@ def clips(num: int, seed: int) -> list[Scene]:
 
 def pack(run: TrainedRun, scenes: Sequence[Scene]) -> list[TokenBatch]:
   """The clips at the sizes of training, in order; sample_id is the number of each."""
+  # The caption would give the labels away.
+  width = run.spec.text_width
+  no_caption = text_of(np.zeros((0, width), np.float16) if width else [NULL_ID])
   rows, row, left = [], [], run.spec.tokens
   for i, scene in enumerate(scenes):
     spec = fitted(run, scene)
@@ -47,8 +50,7 @@ def pack(run: TrainedRun, scenes: Sequence[Scene]) -> list[TokenBatch]:
     if row and (len(tokens) > left or len(row) == run.spec.samples):
       rows.append(pack_row(row, run.spec))
       row, left = [], run.spec.tokens
-    # The caption would give the labels away.
-    row.append(PackedSample(tokens_LC=tokens, grid=grid, sample_id=i, fps=spec.fps, text_ids=[NULL_ID]))
+    row.append(PackedSample(tokens_LC=tokens, grid=grid, sample_id=i, fps=spec.fps, **no_caption))
     left -= len(tokens)
   rows.append(pack_row(row, run.spec))
   rows += [run.spec.zeros(1)] * (-len(rows) % ROWS)

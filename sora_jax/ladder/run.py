@@ -19,13 +19,13 @@ from typing import TextIO
 
 from absl import flags
 
-from sora_jax.ladder import measure
+from sora_jax.ladder import cost, measure
 from sora_jax.ladder.calibrate import TIMES
-from sora_jax.ladder.plan import cpu_seconds, say
+from sora_jax.ladder.plan import BASE, cpu_seconds, say
 from sora_jax.parallel import exits
 from sora_jax.scaling import ladder, table
 from sora_jax.scaling.ladder import Plan, Run
-from sora_jax.trained import CONFIG, TOKENIZER
+from sora_jax.trained import CONFIG, TOKENIZER, WORDS
 
 FLAGS = flags.FLAGS
 RESULTS, LOG, COMPILED = "results.csv", "log.txt", "compiled"
@@ -68,7 +68,10 @@ def main() -> int:
   if not FLAGS.plan:
     raise ValueError("--plan is missing: the plan.json that `plan` wrote")
   plan, todo = places(FLAGS.plan, FLAGS.runs_dir)
+  base = Path(FLAGS.plan).parent / BASE
   for place in todo:
+    if base.is_file():
+      check_overrides(place.run, json.loads(base.read_text(encoding="utf-8")))
     changed(place)
   if FLAGS.launcher:
     return launch(plan, todo)
@@ -190,6 +193,14 @@ def _reason(log: Path) -> str:
   return f" ({lines[-1].removeprefix('error: ')})" if lines else ""
 
 
+def check_overrides(run: Run, base: dict) -> None:
+  """Before anything is trained, for each run would fail by itself, minutes apart."""
+  try:
+    cost.resolved(base, run.overrides)
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"the plan, run {run.name}: {error}") from None
+
+
 def changed(place: Place) -> None:
   """A run that was started under other settings than the plan has now would be taken for what it is not."""
   path = place.workdir / CONFIG
@@ -209,9 +220,10 @@ def changed(place: Place) -> None:
 
 def _same_vocabulary(place: Place) -> None:
   """All runs of a ladder share the vocabulary that the plan counted with."""
-  known, own = Path(FLAGS.plan).parent / TOKENIZER, place.workdir / TOKENIZER
-  if known.is_file() and not own.is_file():
-    own.write_bytes(known.read_bytes())
+  for name in (WORDS, TOKENIZER):
+    known, own = Path(FLAGS.plan).parent / name, place.workdir / name
+    if known.is_file() and not own.is_file():
+      own.write_bytes(known.read_bytes())
 
 
 def launch(plan: Plan, todo: list[Place]) -> int:

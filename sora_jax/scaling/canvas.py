@@ -67,10 +67,21 @@ def figure(columns: int = 1, rows: int = 1):
   return made, made.subplots(rows, columns, sharex=rows > 1)
 
 
+def hold_y(axes: Axes, *drawn: np.ndarray) -> None:
+  """Keeps points and lines, the values `drawn`, in view where a wide interval would flatten them."""
+  values = np.concatenate(drawn)
+  least, most = values.min(), values.max()
+  room = max(1.5, most / least)
+  low, high = axes.get_ylim()
+  axes.set_ylim(max(low, least / room), min(high, most * room))
+
+
 def plain_y(axes: Axes) -> None:
   """Losses span less than a decade: plain numbers at more places than the powers of ten."""
   low, high = axes.get_ylim()
   ratio = high / low
+  if ratio > 30:
+    return
   spacing = next(
     step for most, step in ((1.25, 0.05), (1.5, 0.1), (2.2, 0.2), (3.5, 0.5), (np.inf, 0)) if ratio <= most
   )

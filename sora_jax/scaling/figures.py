@@ -49,6 +49,7 @@ def loss_compute(law: str, runs: Table, fitted: Fit | Result, *, extrapolate: fl
   data = Data()
   _runs(figure, axes, runs, runs.loss)
   data.add("runs", runs.compute, runs.loss)
+  shown = [runs.loss]
   front = table.frontier(runs)
   label = "best run of each budget"
   axes.plot(front.compute, front.loss, color="0.35", linewidth=0.9, label=label)
@@ -70,10 +71,12 @@ def loss_compute(law: str, runs: Table, fitted: Fit | Result, *, extrapolate: fl
         low, high = bootstrap.interval(fitted.predict(at, fitted.samples_KP))
     what = "fit at the best size" if law == "chinchilla" else "fit"
     _line(axes, grid, value, low, high, until=runs.compute.max(), label=what)
+    shown.append(value)
     data.add("fit", grid, value, low, high)
     if law != "chinchilla":
       _letters(axes, fitted)
   axes.set(xscale="log", yscale="log", xlabel="compute", ylabel="loss")
+  canvas.hold_y(axes, *shown)
   canvas.plain_y(axes)
   axes.legend(frameon=False, loc="upper right")
   return figure, data
@@ -119,17 +122,21 @@ def optimal(runs: Table, fitted: Fit | Result, *, extrapolate: float) -> tuple[F
     ends = f" {_between(lines.samples[exponent])}" if lines.samples else ""
     label = f"${letter}_{{opt}} \\propto C^{{{lines.letters[exponent]:.3f}}}$" + ends
     _line(axes, grid, value, low, high, until=lines.compute_range[1], label=label)
+    shown = [value]
     data.add(f"optimal {name}", grid, value, *((low, high) if lines.samples else ()))
     if isinstance(fitted, Result):
       points = getattr(fitted.optima, which)
       axes.plot(fitted.optima.compute, points, "D", color="0.2", markersize=4, label="minima")
+      shown.append(points)
       data.add(f"minima {name}", fitted.optima.compute, points)
     else:
       values = getattr(runs, which)
       compute = runs.compute
       axes.plot(compute, values, ".", color="0.6", markersize=3, label="runs", zorder=0)
+      shown.append(values)
       data.add(f"runs {name}", compute, values)
     axes.set(xscale="log", yscale="log", xlabel="compute", ylabel=f"best number of {name}")
+    canvas.hold_y(axes, *shown)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
   return figure, data
 

@@ -19,6 +19,7 @@ MIN_STEPS = 5
 WARMUP_SHARE, MOST_WARMUP = 0.1, 1000
 SAVES = 4  # checkpoints on the way, at least
 _SIZE = re.compile(r"(\d+)x(\d+)x(\d+)")
+_NAME = re.compile(r"\w[\w.-]*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +147,11 @@ def read(path: str | Path) -> Plan:
   try:
     values = json.loads(Path(path).read_text(encoding="utf-8"))
     keys = [field.name for field in dataclasses.fields(Plan) if field.name != "runs"]
-    runs = tuple(Run(**run) for run in values["runs"])
+    runs = tuple(_run(path, run) for run in values["runs"])
     plan = Plan(runs=runs, **{key: values[key] for key in keys})
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise ValueError(f"{path}: not JSON ({error})") from None
-  except (KeyError, TypeError) as error:
+  except (KeyError, TypeError, AttributeError) as error:
     raise ValueError(f"{path}: not a plan of sora_jax.scaling_laws plan: {error}") from None
   if not runs:
     raise ValueError(f"{path}: no run is left")
@@ -158,6 +159,26 @@ def read(path: str | Path) -> Plan:
   if twice := [name for name in names if names.count(name) > 1]:
     raise ValueError(f"{path}: two runs are named {twice[0]}; each needs a name of its own")
   return dataclasses.replace(plan, config_flags=tuple(plan.config_flags))
+
+
+def _run(path: str | Path, values: dict) -> Run:
+  """People edit plans: what would be run under another name or length than it says is refused."""
+  name = values.get("name", "")
+  if not _NAME.fullmatch(str(name)):
+    raise ValueError(
+      f"{path}: a run is named {name!r}: letters, digits and ._- are allowed, as in a folder's name"
+    )
+  known = [field.name for field in dataclasses.fields(Run)]
+  if unknown := sorted(set(values) - set(known)):
+    raise ValueError(f"{path}, run {name}: no key {', '.join(unknown)}; there are {', '.join(known)}")
+  if missing := [key for key in known if key not in values]:
+    raise ValueError(f"{path}, run {name}: {', '.join(missing)} is missing")
+  run = Run(**values)
+  if (steps := run.overrides.get("train.num_steps", run.steps)) != run.steps:
+    raise ValueError(
+      f"{path}, run {name}: steps is {run.steps}, its override train.num_steps is {steps}; make them the same"
+    )
+  return run
 
 
 def describe(plan: Plan) -> str:

@@ -19,6 +19,7 @@ from sora_jax.scaling import solver
 from sora_jax.scaling.table import Table
 
 HUBER_DELTA = 1e-3
+EXPONENTS = (1e-3, 5.0)  # between which alpha and beta are searched
 MIN_RATIO = 2.0  # of the largest to the smallest value of a variable
 MAX_CORRELATION = 0.999  # of log N with log D, above which alpha and beta cannot be told apart
 
@@ -225,8 +226,8 @@ def _chinchilla_starts(variables, target):
 
 def _chinchilla_box(variables, target):
   del variables
-  low = [target.min() - 12, target.min() - 20, target.min() - 20, 1e-3, 1e-3]
-  return low, [target.max(), target.max() + 5, target.max() + 5, 5.0, 5.0]
+  low = [target.min() - 12, target.min() - 20, target.min() - 20, *EXPONENTS[:1] * 2]
+  return low, [target.max(), target.max() + 5, target.max() + 5, *EXPONENTS[1:] * 2]
 
 
 def _chinchilla_letters(theta, shift):

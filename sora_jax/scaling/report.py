@@ -46,12 +46,24 @@ class Optimum:
 def fit(law: str, table: Table, *, num: int = 0, seed: int = 0) -> Fit | Result | HyperFit:
   """The law fitted, with `num` replicas."""
   if law in hyper.LAWS:
-    return hyper.fit(law, table, num=num, seed=seed)
+    fitted = hyper.fit(law, table, num=num, seed=seed)
+    _must_vary(law, table)
+    return fitted
   if law in LAWS:
     fitted = laws.fit(LAWS[law], table)
+    _must_vary(law, table)
     return bootstrap.of(fitted, num=num, seed=seed) if num else fitted
+  _must_vary(law, table)
   by_name = {"isoflop": isoflop.parabolas, "envelope": isoflop.envelope}
   return by_name[law](table, num=num, seed=seed)
+
+
+def _must_vary(law: str, table: Table) -> None:
+  """Any law fits a constant."""
+  column = law if law in hyper.LAWS else "loss"
+  values = getattr(table, column)
+  if len(table) > 1 and np.ptp(values) <= 1e-9 * values.max():
+    raise ValueError(f"all {len(table)} runs have {column} {values[0]:g}: the law {law} needs it to vary")
 
 
 def flops_per_param_token(table: Table) -> float:
@@ -129,9 +141,7 @@ def summary(law: str, table: Table, fitted: Fit | Result | HyperFit, *, num: int
   samples = fitted.sampled_letters() if num else {}
   ends = {letter: bootstrap.interval(values) for letter, values in samples.items()}
   notes = list(getattr(fitted, "notes", ()))
-  if law == "saturating":
-    notes.append("d is known to its order of magnitude at best")
-    notes += _at_bounds(fitted)
+  notes += _doubts(law, table, fitted)
   result = {
     "law": law,
     "form": FORMS[law],
@@ -162,14 +172,23 @@ def summary(law: str, table: Table, fitted: Fit | Result | HyperFit, *, num: int
   return result
 
 
-def _at_bounds(fitted: Fit) -> list[str]:
-  """Letters that the data do not hold away from nothing."""
-  letters, table = fitted.letters(), fitted.table
-  notes = []
-  if letters["c"] < 1e-3 * table.loss.min():
-    notes.append("c is nothing beside the losses seen: the power law says the same")
-  if letters["d"] < 2e-3 * table.compute.min():
-    notes.append("d is nothing beside the compute seen: no run is small enough to show it")
+def _doubts(law: str, table: Table, fitted: Fit | Result | HyperFit) -> list[str]:
+  """That it is no law, and letters that the data do not hold away from nothing."""
+  notes, letters = [], fitted.letters()
+  if law in hyper.LAWS:
+    return notes
+  if table.compute is not None and np.polyfit(np.log(table.compute), np.log(table.loss), 1)[0] >= 0:
+    notes.append("the loss does not fall as compute grows: no law of scaling describes these runs")
+  if law == "saturating":
+    notes.append("d is known to its order of magnitude at best")
+    if letters["c"] < 1e-3 * table.loss.min():
+      notes.append("c is nothing beside the losses seen: the power law says the same")
+    if letters["d"] < 2e-3 * table.compute.min():
+      notes.append("d is nothing beside the compute seen: no run is small enough to show it")
+  if law == "chinchilla":
+    low, high = laws.EXPONENTS
+    stuck = [name for name in ("alpha", "beta") if not 1.01 * low < letters[name] < 0.99 * high]
+    notes += [f"{name} is at the end of what is searched: the runs do not determine it" for name in stuck]
   return notes
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,8 @@ def read(path: str | Path, settings: Sequence[str] = ()) -> Table:
   wanted = (*COLUMNS, *settings)
   with open(path, newline="", encoding="utf-8-sig") as file:
     try:
-      lines = list(csv.reader(file))
+      text = file.read()
+      lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text)))
     except (csv.Error, UnicodeDecodeError) as error:
       raise ValueError(f"{path}: not a CSV file ({error})") from None
   if not lines:
@@ -60,6 +62,8 @@ def read(path: str | Path, settings: Sequence[str] = ()) -> Table:
   for number, line in enumerate(lines[1:], 2):
     if not any(cell.strip() for cell in line):
       continue
+    if any(cell.strip() for cell in line[len(header) :]):
+      raise ValueError(f"{path}: row {number}: {len(line)} cells, the header has {len(header)}")
     row = tuple(_number(path, number, column, line, place) for column, place in places.items())
     if row in values:
       raise ValueError(f"{path}: row {number} is a duplicate of row {values[row]}; take one of them out")
@@ -70,6 +74,12 @@ def read(path: str | Path, settings: Sequence[str] = ()) -> Table:
   found = dict(zip(places, columns))
   # A table of best settings needs no losses.
   return complete(Table(**{"loss": np.ones(columns.shape[1])} | found))
+
+
+def _delimiter(text: str) -> str:
+  """Spreadsheets write semicolons where a comma is the decimal sign, or tabs."""
+  header = text.partition("\n")[0]
+  return next((mark for mark in ",;\t" if mark in header), ",")
 
 
 def complete(table: Table) -> Table:
