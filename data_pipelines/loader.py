@@ -132,6 +132,8 @@ class RowLoader:
     except UnreadableError as e:
       if info.name not in self.failed:
         self.failed[info.name] = str(e)
+        if self.notes:
+          self.notes.failed(info.name, str(e))
         logging.warning("%s: %s cannot be read, padding instead: %s", self.source.name, info.name, e)
       return None
     if self.config.latents:
@@ -261,12 +263,12 @@ class Unread:
     self._read += int((batch.sample_id_BN != NO_SAMPLE).sum())
     self._lost += int(batch.unreadable_B.sum())
     if self._lost >= _MANY and self._lost > self._read:
-      failed = self._loader.failed
+      failed = self._loader.notes.failures() if self._loader.notes else self._loader.failed
       told = [f"as {name}: {why}" for name, why in failed.items()]
       is_outage = failed and all(why.startswith(UNREACHABLE) for why in failed.values())
       raise (OutageError if is_outage else ValueError)(
         f"{self._loader.source.name}: {self._lost} of the last {self._lost + self._read} samples could not "
-        f"be read, {(told or ['the log of the processes that load says why'])[0]}"
+        f"be read, {(told or ['their log says why'])[0]}"
       )
     if self._lost + self._read >= _RECENT:
       self._read, self._lost = self._read // 2, self._lost // 2

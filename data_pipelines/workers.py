@@ -1,6 +1,7 @@
 """Worker processes that die: which sample ended them, found by trying it alone."""
 
 import contextlib
+import json
 import logging
 import multiprocessing
 import os
@@ -15,11 +16,12 @@ from sora_jax.packing.geometry import ClipSpec
 
 _TRIAL_S = 300.0  # for one sample alone, start of the process included
 _MOST_DEATHS = 3  # with no sample to blame, in a row
+_FAILED = "failed.jsonl"
 _IS_DEATH = "terminated unexpectedly"  # in the error that grain raises
 
 
 class Notes:
-  """What each thread of each worker is loading, on disk, where it outlives them."""
+  """What each thread of each worker is loading, and could not read, on disk, where it outlives them."""
 
   def __init__(self):
     self.folder = tempfile.mkdtemp(prefix="sora_jax_workers_")
@@ -37,12 +39,24 @@ class Notes:
   def take(self) -> list[tuple[int, ClipSpec, float]]:
     """What was being loaded, and forgets it."""
     found = []
-    for path in Path(self.folder).iterdir():
+    for path in Path(self.folder).glob("*-*"):
       parts = path.read_text().split()
       if len(parts) == 6:
         found.append((int(parts[0]), ClipSpec(*map(int, parts[1:4]), float(parts[4])), float(parts[5])))
       path.unlink()
     return found
+
+  def failed(self, name: str, why: str) -> None:
+    with contextlib.suppress(OSError), open(Path(self.folder, _FAILED), "a", encoding="utf-8") as f:
+      f.write(json.dumps([name, why]) + "\n")  # one write: lines of several processes do not mix
+
+  def failures(self) -> dict[str, str]:
+    """Name -> why, in all workers."""
+    try:
+      lines = Path(self.folder, _FAILED).read_text(encoding="utf-8").splitlines()
+    except OSError:
+      return {}
+    return dict(json.loads(line) for line in lines)
 
   def close(self) -> None:
     shutil.rmtree(self.folder, ignore_errors=True)
