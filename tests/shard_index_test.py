@@ -1,8 +1,11 @@
 """The index of prepared shards: held or mapped, whole or wrong."""
 
 import json
+import os
 import pickle
 import shutil
+import tempfile
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -13,7 +16,7 @@ import pytest
 from data_pipelines import benchmark_index, shard_bytes
 from data_pipelines.parts import UnreadableError
 from data_pipelines.pipeline import DataConfig, build_source
-from data_pipelines.sources import shard_index, shards
+from data_pipelines.sources import paths, shard_index, shards
 from data_pipelines.sources.shards import ShardSource
 from sora_jax.packing.geometry import ClipSpec
 from tests.prepared import make_set, run_inline
@@ -70,6 +73,13 @@ def test_a_large_index_is_mapped(prepared, tmp_path, monkeypatch, capsys, scheme
   assert "place" in source._numbers and (source.places() == held.places()).all()
   assert source.fingerprint() == held.fingerprint()
   assert not list(cache.glob("*.part"))
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch):
+  monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+  monkeypatch.delenv("HOME", raising=False)
+  monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000)
+  assert paths.cache_home() == Path(tempfile.gettempdir(), "sora_jax", "index")
 
 
 def test_a_large_index_that_cannot_be_mapped_is_one_line(prepared, tmp_path, monkeypatch):

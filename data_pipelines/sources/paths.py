@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,7 +37,11 @@ def find(
 
 def cache_home() -> Path:
   """Of what is kept of data sets outside of them."""
-  return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sora_jax" / "index"
+  try:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+  except RuntimeError:  # a user of a container, known by number alone
+    home = Path(tempfile.gettempdir())
+  return home / "sora_jax" / "index"
 
 
 def is_there(path: Path) -> bool:
