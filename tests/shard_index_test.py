@@ -96,6 +96,10 @@ def test_a_large_index_that_cannot_be_mapped_is_one_line(prepared, tmp_path, mon
   with pytest.raises(ValueError, match="is not the one that .* describe"):
     ShardSource(str(out), index_dir=str(cache))
   assert [path.suffix for path in cache.iterdir()] == [".lock"]
+  about = json.loads((out / "shards.json").read_text())
+  (out / "shards.json").write_text(json.dumps(about | {"index_checksum": "x/../../../elsewhere"}))
+  with pytest.raises(ValueError, match="cannot have the checksum 'x/../../../elsewhere'"):
+    ShardSource(str(out), index_dir=str(cache))
 
 
 def with_column(folder, name, value):

@@ -13,6 +13,7 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -94,6 +95,8 @@ def hold(where: str, data: bytes) -> Index:
 def map_out(where: str, open_file: Callable[[], BinaryIO], checksum: str, cache: str = "") -> Index:
   """Of the file with that `checksum` (shard_bytes.digest); OSError of the cache, "" = the user's, is a
   ValueError."""
+  if not re.fullmatch(r"[0-9a-f]{32}", checksum):  # it becomes the name of a folder
+    raise ValueError(f"{where} cannot have the checksum {paths.one_line(checksum)!r}")
   home = Path(cache) if cache else paths.cache_home()
   folder = home / f"shards-{checksum}-{_VERSION}"
   try:
