@@ -1,5 +1,8 @@
 """Damaged checkpoints are noticed, put aside and passed over."""
 
+import functools
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -13,22 +16,31 @@ from sora_jax.training.state import init_state, make_setup
 from tests import toy
 
 
+@functools.cache
 def setup_of(mesh=None, **kwargs):
   mesh = make_mesh(mesh or MeshConfig(fsdp=2, replica=2, tensor=2))
   return make_setup(toy.task(**kwargs), optimizer=OptimizerConfig(), num_steps=10, mesh=mesh, seed=0)
 
 
-@pytest.fixture
-def saved(tmp_path):
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
   """A workdir with steps 1, 2 and 3; the parameters of step i are all i."""
-  setup = setup_of()
+  workdir, setup = tmp_path_factory.mktemp("sound"), setup_of()
   state = init_state(setup)
-  checkpointer = Checkpointer(tmp_path, keep=5)
+  checkpointer = Checkpointer(workdir, keep=5)
   for step in (1, 2, 3):
     state["params"] = jax.tree.map(lambda x, i=step: x * 0 + i, state["params"])
     checkpointer.save(step, state, {"model": {"width": 16}})
   checkpointer.close()
-  return tmp_path, setup
+  return workdir
+
+
+@pytest.fixture
+def saved(sound, tmp_path):
+  """A copy to damage."""
+  workdir = tmp_path / "run"
+  shutil.copytree(sound, workdir)
+  return workdir, setup_of()
 
 
 def data_files(folder):

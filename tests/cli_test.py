@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import forked
+
 ROOT = Path(__file__).resolve().parent.parent
 DEBUG = "--config=configs/quickstart.py:debug"
 SMALL = (
@@ -22,27 +24,33 @@ SMALL = (
 TRAIN, SAMPLE, EVALUATE, PLOTS = (f"sora_jax.{name}" for name in ("train", "sample", "evaluate", "plots"))
 
 
-def start(*args) -> subprocess.Popen:
-  """A main in a process of its own, on one device."""
+def environment() -> dict[str, str]:
+  """One device."""
   kept = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
-  env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(kept), "PYTHONPATH": str(ROOT)}
+  return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(kept), "PYTHONPATH": str(ROOT)}
+
+
+def start(*args) -> subprocess.CompletedProcess:
+  """A main as a user starts it: once each, the rest is forked."""
   command = [sys.executable, "-m", *map(str, args)]
-  return subprocess.Popen(
-    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env
-  )
+  return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=300)
 
 
-def run(*args) -> str:
-  out, err = (process := start(*args)).communicate(timeout=300)
-  assert process.returncode == 0, err[-3000:]
-  return out
+def fork(*args) -> subprocess.CompletedProcess:
+  return forked.run([args], environment())[0]
+
+
+def run(how, *args) -> str:
+  done = how(*args)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return done.stdout
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
   """A run of two steps."""
   workdir = tmp_path_factory.mktemp("run")
-  run(TRAIN, DEBUG, f"--workdir={workdir}", *SMALL)
+  run(start, TRAIN, DEBUG, f"--workdir={workdir}", *SMALL)
   return workdir
 
 
@@ -82,24 +90,26 @@ def bad_inputs(folder: Path) -> dict:
 
 
 def test_bad_input_is_one_clear_line(tmp_path):
-  """Three at a time: most of the time goes into imports."""
   cases, wrong = bad_inputs(tmp_path), []
-  names = list(cases)
-  for i in range(0, len(names), 3):
-    processes = {name: start(*cases[name][0]) for name in names[i : i + 3]}
-    for name, process in processes.items():
-      out, err = process.communicate(timeout=120)
-      lines = [line for line in err.splitlines() if line.startswith("error: ")]
-      ok = process.returncode == 2 and len(lines) == 1 and cases[name][1] in lines[0]
-      if not ok or err.splitlines()[-1] != lines[0] or "Traceback" in err:
-        wrong.append(f"{name}: code {process.returncode}, {out}{err[-2000:]}")
+  ended = forked.run([args for args, _ in cases.values()], environment())
+  for (name, (_, says)), done in zip(cases.items(), ended):
+    err = done.stderr.splitlines()
+    lines = [line for line in err if line.startswith("error: ")]
+    ok = done.returncode == 2 and len(lines) == 1 and says in lines[0]
+    if not ok or err[-1] != lines[0] or "Traceback" in done.stderr:
+      wrong.append(f"{name}: code {done.returncode}, {done.stdout}{done.stderr[-2000:]}")
   assert not wrong, "\n".join(wrong)
+  real = start(*cases["unknown key"][0])
+  shown = lambda done: (done.returncode, done.stdout, done.stderr)  # noqa: E731
+  assert shown(real) == shown(ended[list(cases).index("unknown key")])
   assert not (tmp_path / "new").exists() or not (tmp_path / "new" / "checkpoints").exists()
 
 
 def test_debug_shows_the_traceback(tmp_path):
-  _, err = (process := start(SAMPLE, f"--workdir={tmp_path}", "--prompt=a", "--debug")).communicate()
-  assert process.returncode not in (0, 2) and "Traceback" in err and "FileNotFoundError" in err
+  for how in (start, fork):
+    done = how(SAMPLE, f"--workdir={tmp_path}", "--prompt=a", "--debug")
+    assert done.returncode not in (0, 2) and "Traceback" in done.stderr
+    assert "FileNotFoundError" in done.stderr
 
 
 def test_a_run_from_start_to_samples(workdir, tmp_path):
@@ -118,7 +128,8 @@ def test_a_run_from_start_to_samples(workdir, tmp_path):
   prompts.write_text("# two\na photo --w 24 --h 32 --f 1\na clip --w 32 --h 16 --f 4 --fps 5 --d 3 --s 1\n")
   out = tmp_path / "out"
   common = (SAMPLE, f"--workdir={workdir}", f"--output_dir={out}", "--num_inference_steps=2")
-  lines = run(*common, "--prompt=a dog", f"--prompts_file={prompts}", "--num_videos_per_prompt=2").split()
+  asked = ("--prompt=a dog", f"--prompts_file={prompts}", "--num_videos_per_prompt=2")
+  lines = run(fork, *common, *asked).split()
   assert lines[-1].endswith("sheet_0000.png") and len(lines) == 7
   kinds = [Path(line).suffix for line in lines[:-1]]
   assert kinds == [".mp4", ".mp4", ".png", ".png", ".mp4", ".mp4"]
@@ -138,7 +149,7 @@ def test_a_run_from_start_to_samples(workdir, tmp_path):
   again = [
     f"--{k}={said[k]}" for k in ("prompt", "width", "height", "num_frames", "fps", "seed", "sampler", "index")
   ]
-  run(*common[:3], *again, "--num_inference_steps=1", "--num_videos_per_prompt=2", f"--image={image}")
+  run(fork, *common[:3], *again, "--num_inference_steps=1", "--num_videos_per_prompt=2", f"--image={image}")
   first = json.loads((out / "sample_0006.json").read_text())
   assert (first["image"], first["index"]) == (str(image), 1) and first["prompt_frames"] == 1
   with av.open(str(out / "sample_0006.mp4")) as clip:
@@ -155,16 +166,16 @@ def test_wrong_sizes_name_the_nearest(workdir):
     (("--step=7",), "no checkpoint of step 7"),
     (("--image=no.png",), "the prompt no.png cannot be read: missing"),
   ]
-  processes = [start(*common, *args) for args, _ in cases]
-  for process, (_, says) in zip(processes, cases):
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2 and says in err and "Traceback" not in err, err[-2000:]
+  ended = forked.run([(*common, *args) for args, _ in cases], environment())
+  for done, (_, says) in zip(ended, cases):
+    err = done.stderr
+    assert done.returncode == 2 and says in err and "Traceback" not in err, err[-2000:]
 
 
 def test_evaluation_and_plot(workdir):
-  out = run(EVALUATE, f"--workdir={workdir}", "--num_samples=6")
+  out = run(start, EVALUATE, f"--workdir={workdir}", "--num_samples=6")
   result = json.loads((workdir / "evaluation.json").read_text())
   assert result["rendered_truth"] == {"colour": 1.0, "direction": 1.0}
   assert set(result["samples"]) == {"colour", "direction"} and "rendered truth" in out
-  assert run(PLOTS, f"--workdir={workdir}").strip() == str(workdir / "loss.png")
+  assert run(start, PLOTS, f"--workdir={workdir}").strip() == str(workdir / "loss.png")
   assert Image.open(workdir / "loss.png").size[0] > 400

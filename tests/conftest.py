@@ -1,6 +1,9 @@
-"""Eight fake CPU devices, set before jax is imported; the two clips of the data tests."""
+"""Eight fake CPU devices and a cache of programs, set before jax is imported; two clips for tests of data."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from importlib.metadata import version
 
 FLAGS = (
@@ -13,6 +16,11 @@ if version("jaxlib").startswith("0.10."):  # later versions know no such flag, a
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers of xdist and the processes of tests inherit it
+  # Programs come back: in runs that go on, in tests of the same step. Of this run of the tests alone.
+  CACHE = tempfile.mkdtemp(prefix="sora_jax_tests_")
+  atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+  os.environ |= {"JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
 
 import pytest  # noqa: E402
 

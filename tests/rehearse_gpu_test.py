@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -20,15 +18,16 @@ from sora_jax.parallel import mesh as mesh_lib
 from sora_jax.parallel.mesh import MeshConfig, make_mesh
 from sora_jax.rehearsal import collectives, gpu, hlo, lints, roofline, topology
 from sora_jax.rehearsal.collectives import Collective
+from tests import forked
 
 ROOT = Path(__file__).resolve().parent.parent
 by_compiler = pytest.mark.skipif(gpu.compiler() is None, reason="no jaxlib for CUDA")
 
 
-def rehearse(*args, timeout=900):
-  command = [sys.executable, "-m", "sora_jax.rehearse", *args]
+def rehearse(*args):
   env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-  return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=timeout)
+  (done,) = forked.run([("sora_jax.rehearse", *args)], env)
+  return done
 
 
 def collective(kind, axes, group, payload=8e9):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sora_jax.parallel import flags
+from tests import forked
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="no libtpu")
@@ -19,15 +20,20 @@ CONTRACT = {
 }  # fmt: skip
 
 
-def rehearse(*args, timeout=900):
-  command = [sys.executable, "-m", "sora_jax.rehearse", *args]
-  env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-  return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=timeout)
+MAIN = "sora_jax.rehearse"
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+
+
+def rehearse(*args):
+  (done,) = forked.run([(MAIN, *args)], ENVIRONMENT)
+  return done
 
 
 def test_a_tiny_pod_is_rehearsed_as_a_user_would(tmp_path):
   out = tmp_path / "table.json"
-  done = rehearse("--config=configs/t2v_700m.py:debug", "--topology=v5e:2x2", f"--json={out}")
+  args = ("--config=configs/t2v_700m.py:debug", "--topology=v5e:2x2", f"--json={out}")
+  command = [sys.executable, "-m", MAIN, *args]
+  done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=900)
   assert done.returncode == 0, done.stderr
   result = json.loads(out.read_text())
   assert set(result) >= CONTRACT

@@ -37,7 +37,7 @@ from sora_jax.training.optimizer import OptimizerConfig
 from sora_jax.training.state import make_setup
 from sora_jax.training.step import make_train_step
 from sora_jax.types import BatchSpec
-from tests import tiny_dit
+from tests import forked, tiny_dit
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -160,11 +160,14 @@ def test_bad_plans_and_sizes(tmp_path):
     cost.resolved({"model": {"width": 1}}, {"model.wdth": 2})
 
 
-def start(*args, **env) -> subprocess.Popen:
-  settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"} | env
+MAIN = "sora_jax.scaling_laws"
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+
+
+def start(*args) -> subprocess.Popen:
   return subprocess.Popen(
-    [sys.executable, "-m", "sora_jax.scaling_laws", *map(str, args)],
-    cwd=ROOT, env=os.environ | settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    [sys.executable, "-m", MAIN, *map(str, args)],
+    cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
   )  # fmt: skip
 
 
@@ -174,12 +177,18 @@ def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
   return out, err
 
 
+def fork(*args, code: int = 0) -> tuple[str, str]:
+  (done,) = forked.run([(MAIN, *args)], ENVIRONMENT)
+  assert done.returncode == code, (done.stdout, done.stderr)
+  return done.stdout, done.stderr
+
+
 PLAN = ("plan", "--config=configs/scaling.py:debug", "--sizes=8x1x1,16x1x2", "--flops_per_s=1e9")
 
 
 def test_plan_and_launch(tmp_path):
   grid = ("--budgets=2e8,4e8", "--min_steps=6", "--config.data.rows=3")
-  out, err = finish(start(*PLAN, *grid, f"--output={tmp_path}"))
+  out, err = fork(*PLAN, *grid, f"--output={tmp_path}")
   plan = ladder.read(tmp_path / "plan.json")
   assert len(plan.runs) == 3 and "left out: c2e08_w16d1h2 would have 5 steps; 6 are the least" in err
   # As near to the budget as whole steps allow.
@@ -187,15 +196,15 @@ def test_plan_and_launch(tmp_path):
   assert plan.config_flags == ("--config.data.rows=3",) and "in all" in out
   assert [run.budget for run in plan.runs] == sorted(run.budget for run in plan.runs)
   template = "launcher --name={name} --config={config} --workdir={workdir} -- {flags}"
-  out, _ = finish(start("run", f"--plan={tmp_path / 'plan.json'}", f"--launcher={template}"))
+  out, _ = fork("run", f"--plan={tmp_path / 'plan.json'}", f"--launcher={template}")
   first = out.splitlines()[0]
   assert first.startswith("launcher --name=c2e08-w8d1h1 --config=configs/scaling.py:debug --workdir=")
   assert "-- --config.data.rows=3 --config.model.width=8" in first
   line = ("run", f"--plan={tmp_path / 'plan.json'}", "--launcher=go {workdir}", "--runs_dir=gs://b/l/")
-  assert finish(start(*line))[0].splitlines()[0] == "go gs://b/l/c2e08_w8d1h1"
-  _, err = finish(start(*PLAN, "--budgets=2e8", f"--output={tmp_path}"), code=2)
+  assert fork(*line)[0].splitlines()[0] == "go gs://b/l/c2e08_w8d1h1"
+  _, err = fork(*PLAN, "--budgets=2e8", f"--output={tmp_path}", code=2)
   assert "exists; remove it" in err
-  _, err = finish(start("run", f"--plan={tmp_path / 'plan.json'}", "--launcher=go {job}"), code=2)
+  _, err = fork("run", f"--plan={tmp_path / 'plan.json'}", "--launcher=go {job}", code=2)
   assert "--launcher: 'job' is not one of {name}" in err
 
 

@@ -15,6 +15,7 @@ from scipy import optimize
 
 from sora_jax.scaling import bootstrap, figures, isoflop, laws, report, solver, table
 from sora_jax.scaling.table import Table
+from tests import forked
 
 ROOT = Path(__file__).resolve().parent.parent
 NOISE = 0.01
@@ -316,19 +317,16 @@ def test_figures(tmp_path, law, make):
     assert float(beyond["low"]) < float(beyond["y"]) < float(beyond["high"])
 
 
-def command(*args) -> subprocess.CompletedProcess:
-  env = os.environ | {"PYTHONPATH": str(ROOT)}
-  line = [sys.executable, "-m", "sora_jax.scaling_laws", *map(str, args)]
-  return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
-
-
 def test_the_main(tmp_path):
   path = save(tmp_path / "runs.csv", power_runs())
-  done = command("fit", f"--csv={path}", "--law=power", f"--json={tmp_path / 'fit.json'}", "--bootstrap=50")
+  fit = ("fit", f"--csv={path}", "--law=power", f"--json={tmp_path / 'fit.json'}", "--bootstrap=50")
+  env = os.environ | {"PYTHONPATH": str(ROOT)}
+  line = [sys.executable, "-m", "sora_jax.scaling_laws", *fit]
+  done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
   assert done.returncode == 0, done.stderr
   result = json.loads((tmp_path / "fit.json").read_text())
   assert result["intervals"]["b"][0] < result["b"] < result["intervals"]["b"][1]
   assert max(off(result, POWER).values()) < 0.05
-  done = command("prune")
+  (done,) = forked.run([("sora_jax.scaling_laws", "prune")], env)
   commands = "plan, run, measure, fit, plot, compare, probe"
   assert done.returncode == 2 and done.stderr == f"error: no such command 'prune'; there are: {commands}\n"

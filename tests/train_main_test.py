@@ -10,15 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
+
 ROOT = Path(__file__).resolve().parent.parent
 DEBUG = "--config=configs/quickstart.py:debug"
 
 
+def environment() -> dict[str, str]:
+  return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+
+
 def start(*arguments):
-  env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
   command = [sys.executable, "-m", "sora_jax.train", *arguments]
   return subprocess.Popen(
-    command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
   )
 
 
@@ -35,18 +40,15 @@ MISTAKES = {
 
 
 def test_mistakes_are_one_line(tmp_path):
-  """All at once: each costs the start of Python."""
   (tmp_path / "FILE").write_text("")
   place = lambda arg: arg.replace("=W", f"={tmp_path}/W").replace("=FILE", f"={tmp_path}/FILE")  # noqa: E731
-  names = list(MISTAKES)
-  for i in range(0, len(names), 4):
-    group = {name: start(*map(place, MISTAKES[name][0])) for name in names[i : i + 4]}
-    for name, process in group.items():
-      out = process.communicate(timeout=120)[0]
-      last = out.strip().splitlines()[-1]
-      assert process.returncode == 2, (name, out)
-      assert last.startswith("error: ") and MISTAKES[name][1] in last, (name, out)
-      assert "Traceback" not in out, (name, out)
+  lines = [("sora_jax.train", *map(place, arguments)) for arguments, _ in MISTAKES.values()]
+  for (name, (_, says)), done in zip(MISTAKES.items(), forked.run(lines, environment())):
+    out = done.stdout + done.stderr
+    last = out.strip().splitlines()[-1]
+    assert done.returncode == 2, (name, out)
+    assert last.startswith("error: ") and says in last, (name, out)
+    assert "Traceback" not in out, (name, out)
 
 
 @pytest.mark.slow
