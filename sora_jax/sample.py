@@ -72,6 +72,7 @@ def main(argv: list[str]) -> int:
   if not asked:
     raise ValueError('nothing to sample: give --prompt="..." or --prompts_file=FILE')
   run = trained.load(FLAGS.workdir, step=FLAGS.step, ema=FLAGS.ema, text_encoder=FLAGS.text_encoder)
+  trained.require_pixels(run)
   jobs = [job for values in asked for job in _jobs(run, values)]
   _announce(run, jobs)
   output_dir = Path(FLAGS.output_dir or run.workdir / "samples" / f"step_{run.step:06d}")
