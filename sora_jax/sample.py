@@ -100,6 +100,14 @@ def _announce(run: TrainedRun, jobs: list[Job]) -> None:
   if unknown := trained.unknown_words(run.workdir, texts):
     shown = ", ".join(unknown[:20]) + ", ..." * (len(unknown) > 20)
     print(f"note: in no caption of the run, and so unknown to it: {shown}", file=sys.stderr, flush=True)
+  for text in dict.fromkeys(filter(None, texts)):
+    most = run.tokenizer.max_tokens
+    if not run.data.text and len(run.tokenizer(text)) == most:
+      print(
+        f"note: {text[:40]!r}... reaches text.max_tokens={most}: what is beyond is not read",
+        file=sys.stderr,
+        flush=True,
+      )
   trained_on = run.data.max_tokens or run.spec.tokens
   for r in {job.request.prompt: job.request for job in jobs}.values():
     tokens = num_tokens(ClipSpec(r.num_frames, r.height, r.width), run.data.patch)
