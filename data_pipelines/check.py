@@ -15,7 +15,7 @@ import numpy as np
 
 from data_pipelines.cli import add_arguments, new_parser, parse
 from data_pipelines.config import DataConfig
-from data_pipelines.sources.base import SampleInfo, UnreadableError
+from data_pipelines.sources.base import SampleInfo, Sizes, UnreadableError
 from data_pipelines.sources.registry import build_source
 from sora_jax.packing.geometry import ClipSpec
 
@@ -61,11 +61,17 @@ def check_source(source: Any, *, samples: int = 32, captions_optional: bool = Fa
     yield "the source has no samples"
     return
   yield from _check_rejects(source.rejects)
-  infos = [source.info(i) for i in range(count)]
+  infos: list[Any] = []
+  try:
+    infos.extend(source.info(i) for i in range(count))
+  except Exception as e:  # noqa: BLE001, code of others
+    yield f"info({len(infos)}) raises {type(e).__name__}: {e}"
+    return
   wrong = [(i, line) for i, info in enumerate(infos) for line in _info_faults(info, i)]
   yield from _listed([f"info({i}): {line}" for i, line in wrong])
   if wrong:
     return
+  yield from _check_sizes(source, infos)
   names = collections.Counter(info.name for info in infos)
   yield from _listed([f"{n} samples are named {name!r}" for name, n in names.items() if n > 1])
   bare = [info.name for info in infos if not any(c.strip() for c in info.captions)]
@@ -110,6 +116,20 @@ def _info_faults(info: Any, i: int) -> list[str]:
   if not isinstance(info.label, (int, np.integer)):
     faults.append(f"label is {info.label!r}, no whole number (-1 = none)")
   return faults
+
+
+def _check_sizes(source: Any, infos: list[SampleInfo]) -> Iterator[str]:
+  """Arrays that planning takes instead of `info`."""
+  if not hasattr(source, "sizes"):
+    return
+  sizes = source.sizes()
+  for key in Sizes._fields:
+    told, values = np.asarray(getattr(sizes, key, ())), np.array([getattr(info, key) for info in infos])
+    if told.shape != values.shape:
+      yield f"sizes().{key} has shape {told.shape}, not ({len(infos)},)"
+      continue
+    other = np.flatnonzero(~np.isclose(told, values, rtol=1e-5))
+    yield from _listed([f"sizes().{key}[{i}] is {told[i]}, that of info({i}) is {values[i]}" for i in other])
 
 
 def _check_copy(source: Any) -> Iterator[str]:

@@ -49,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()
       metavar = "true|false" if isinstance(field.default, bool) else "VALUE"
       keys.add_argument(f"--{field.name}", type=read, default=field.default, metavar=metavar, help=text)
   for name, example in _MAPS.items():
-    keys.add_argument(f"--{name}", type=_map, default={}, metavar="MAP", help=f"such as {example}")
+    read = functools.partial(_map, example)
+    keys.add_argument(f"--{name}", type=read, default={}, metavar="MAP", help=f"such as {example}")
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def _tuple(default: tuple, text: str) -> tuple:
     raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as {example}") from None
 
 
-def _map(text: str) -> dict:
+def _map(example: str, text: str) -> dict:
   """JSON or a dict as Python writes it."""
   for read in (json.loads, ast.literal_eval):
     try:
@@ -98,4 +99,4 @@ def _map(text: str) -> dict:
       continue
     if isinstance(value, dict):
       return value
-  raise argparse.ArgumentTypeError(f'{text!r} is no map of names to values such as {{"rate": 0.5}}')
+  raise argparse.ArgumentTypeError(f"{text!r} is no map of names to values such as {example}")

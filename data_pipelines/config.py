@@ -85,7 +85,7 @@ class DataConfig:
     object.__setattr__(self, "patch", tuple(int(p) for p in self.patch))
     object.__setattr__(self, "packing_cost", tuple(float(c) for c in self.packing_cost))
     object.__setattr__(self, "source_kwargs", dict(self.source_kwargs))
-    object.__setattr__(self, "sources", {name: dict(part) for name, part in dict(self.sources).items()})
+    object.__setattr__(self, "sources", {name: _part(name, part) for name, part in self.sources.items()})
     object.__setattr__(self, "curriculum", tuple(tuple(int(n) for n in entry) for entry in self.curriculum))
     object.__setattr__(self, "resolutions", tuple(float(r) for r in self.resolutions))
     object.__setattr__(self, "caption_weights", tuple(float(w) for w in self.caption_weights))
@@ -149,6 +149,12 @@ class DataConfig:
   def channels(self) -> int:
     """Of a patch, of RGB pixels or latents."""
     return (self.latent_channels if self.latents else 3) * self.patch[0] * self.patch[1] * self.patch[2]
+
+
+def _part(name: str, part: Any) -> dict[str, Any]:
+  if not isinstance(part, Mapping):
+    raise ValueError(f'data.sources.{name}={part!r} is no map such as {{"source": "clips", "weight": 3}}')
+  return dict(part)
 
 
 def _token_drop(keys: dict[str, Any]) -> TokenDrop:

@@ -226,6 +226,7 @@ class Pipeline:
       rejects=rejects,
       parts=self.parts,
       most_texts=self._countable(),
+      max_text=getattr(self.loader.tokenize, "max_tokens", 0),
     )
 
   def _countable(self) -> int:

@@ -206,6 +206,8 @@ def remedies(
       if times == 1 and not limit:
         continue  # as it is
       least, budget = tried(dataclasses.replace(config, max_padding=limit), longer)
+      if limit and found and found[-1][0] == least:
+        continue  # nothing to lower
       lower = f"data.max_padding={limit} (at most {budget} tokens a sample)" if limit else ""
       found.append((least, " and ".join(filter(None, (rows, lower)))))
   better = [(p, what) for p, what in found if p < padding - _GAIN]

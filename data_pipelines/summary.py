@@ -38,6 +38,8 @@ class Report:
   text_tokens: int
   text_tokens_cut: int  # by the capacity of rows, in the first epoch
   captions_cut: int
+  captions_full: int  # as long as max_text, beyond which nothing of a caption is read; by a sample of them
+  max_text: int  # tokens; 0 = no limit known
   packing: dict[str, dict[str, float]]  # per method, see RowPlan.stats
   method: str
   remedies: list[str]  # of much padding
@@ -68,6 +70,11 @@ class Report:
       f"text        {self.text_tokens} tokens; rows have no room for {self.text_tokens_cut} of them, "
       f"of {self.captions_cut} captions",
     ]
+    if self.captions_full:
+      lines.append(
+        f"              {self.captions_full} captions reach text.max_tokens={self.max_text}: "
+        "what is beyond is not read"
+      )
     if len(self.parts) > 1:
       lines += [
         f"  of {name:<9} {p['samples']} samples, {100 * p['share_of_samples']:.1f} % of those seen, "
@@ -103,6 +110,7 @@ def describe(
   rejects: Sequence[tuple[str, str]],
   parts: Sequence[str],
   most_texts: int,
+  max_text: int = 0,
 ) -> Report:
   """Of the samples as the end of the run sees them; captions of large sets by a sample of them."""
   counts = np.bincount(fitted.kinds, minlength=len(fitted.natives)).tolist()
@@ -143,6 +151,8 @@ def describe(
     text_tokens=round(sum(text_lengths.values()) * times),
     text_tokens_cut=cut_tokens,
     captions_cut=cut_captions,
+    captions_full=round(sum(n >= max_text for n in text_lengths.values()) * times) if max_text else 0,
+    max_text=max_text,
     packing=packing,
     method=plan.method,
     remedies=remedies(source, fitted, config, spec, packing[plan.method]["padding"]),

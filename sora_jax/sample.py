@@ -72,6 +72,7 @@ def main(argv: list[str]) -> int:
   if not asked:
     raise ValueError('nothing to sample: give --prompt="..." or --prompts_file=FILE')
   run = trained.load(FLAGS.workdir, step=FLAGS.step, ema=FLAGS.ema, text_encoder=FLAGS.text_encoder)
+  trained.require_pixels(run)
   jobs = [job for values in asked for job in _jobs(run, values)]
   _announce(run, jobs)
   output_dir = Path(FLAGS.output_dir or run.workdir / "samples" / f"step_{run.step:06d}")
@@ -99,6 +100,14 @@ def _announce(run: TrainedRun, jobs: list[Job]) -> None:
   if unknown := trained.unknown_words(run.workdir, texts):
     shown = ", ".join(unknown[:20]) + ", ..." * (len(unknown) > 20)
     print(f"note: in no caption of the run, and so unknown to it: {shown}", file=sys.stderr, flush=True)
+  for text in dict.fromkeys(filter(None, texts)):
+    most = run.tokenizer.max_tokens
+    if not run.data.text and len(run.tokenizer(text)) == most:
+      print(
+        f"note: {text[:40]!r}... reaches text.max_tokens={most}: what is beyond is not read",
+        file=sys.stderr,
+        flush=True,
+      )
   trained_on = run.data.max_tokens or run.spec.tokens
   for r in {job.request.prompt: job.request for job in jobs}.values():
     tokens = num_tokens(ClipSpec(r.num_frames, r.height, r.width), run.data.patch)

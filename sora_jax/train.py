@@ -219,7 +219,11 @@ def grids(
   held_out: Pipeline | None,
   tokenizer: Tokenizer | Embedder,
 ) -> tuple[Hook, ...]:
-  """Sample grids during training, of captions that are held out and of some that are not."""
+  """Sample grids during training, of captions that are held out and of some that are not; none of latents."""
+  if train.config.latents:
+    if config.sample.num_samples:
+      hostlog.say("no samples are drawn while training: nothing decodes latents yet")
+    return ()
   sample, patch = registry.section(SampleConfig, config, "sample"), train.config.patch
   num_seen = sample.num_seen if held_out else sample.num_samples
   requests, labels, texts = [], [], {}

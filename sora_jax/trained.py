@@ -111,7 +111,15 @@ def unknown_words(workdir: Path, texts: Iterable[str]) -> list[str]:
   return [w for w in dict.fromkeys(w for text in texts for w in tokenizer_lib.words(text)) if w not in known]
 
 
+def require_pixels(run: TrainedRun) -> None:
+  if run.data.latents:
+    raise ValueError(
+      f"{run.workdir} was trained on latents (data.latents={run.data.latents}), which nothing here decodes"
+    )
+
+
 def sample(run: TrainedRun, requests: Sequence[Request], config: SampleConfig) -> list[np.ndarray]:
+  require_pixels(run)
   with jax.set_mesh(run.mesh):
     return generate(
       run.model,

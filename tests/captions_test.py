@@ -8,6 +8,7 @@ import math
 import pytest
 
 from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec
+from sora_jax.conditioning import tokenizer
 from tests.datasets import build, write_csv, write_json
 
 LONG, SHORT = "a grey box before a long description", "a box"
@@ -78,3 +79,13 @@ def test_the_report_shows_some(root):
   (line,) = [line for line in str(pipeline.report()).splitlines() if line.startswith("captions ")]
   assert line == f"captions    {(LONG * 9)[:57]}... | {SHORT}"
   assert pipeline.report().as_dict()["captions"] == [LONG * 9, SHORT]
+
+
+def test_the_report_counts_captions_that_are_cut(root):
+  write_csv(root / "meta.csv", [{"path": f"{n}.mp4", "text": t} for n, t in (("a", LONG), ("b", SHORT))])
+  config = DataConfig(patch=(2, 8, 8), row_tokens=400)
+  for most, cut in ((6, 1), (99, 0)):
+    vocabulary = tokenizer.train([LONG, SHORT], vocab_size=400, max_tokens=most)
+    report = Pipeline(build(root / "meta.csv"), config, batch_spec(config), vocabulary).report()
+    assert report.captions_full == cut
+    assert ("1 captions reach text.max_tokens=6: what is beyond" in str(report)) == bool(cut)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import check
-from data_pipelines.sources.base import SampleInfo
+from data_pipelines.sources.base import SampleInfo, Sizes
 from data_pipelines.sources.synthetic import SyntheticSource
 from sora_jax.packing.geometry import ClipSpec
 from tests.datasets import TEXTS, build
@@ -131,6 +131,9 @@ def raises(error):
     ({"load": raises(check.UnreadableError("empty"))}, "cannot be read at 0.00 s: empty"),
     ({"load": lambda i, s, t=0.0: np.zeros((1, 2, 2, 3))}, "load gives float64(1, 2, 2, 3) for uint8("),
     ({"load": lambda i, s, t=0.0: np.random.bytes(1)}, "load gives bytes for uint8("),
+    ({"sizes": lambda: Sizes(*np.ones((4, 2)))}, "sizes().num_frames has shape (2,), not (3,)"),
+    ({"sizes": lambda: Sizes(*np.ones((4, 3)))}, "sizes().height[0] is 1.0, that of info(0) is "),
+    ({"info": lambda i: {}[i]}, "info(0) raises KeyError: 0"),
     ({"hook": lambda: 0}, "cannot be pickled"),
     ({"fingerprint": lambda: 3}, "fingerprint() gives '3'"),
   ],

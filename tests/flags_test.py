@@ -70,3 +70,15 @@ def test_switches(capsys):
   with pytest.raises(SystemExit):
     value("here", "--captions_optional=maybe")
   assert "'maybe' is neither true nor false" in capsys.readouterr().err
+
+
+def test_wrong_maps_name_an_example_of_their_own(capsys):
+  for given, says in (
+    ('["clips"]', 'such as {"clips": {"source": "clips", "weight": 3}'),
+    ('{"a": "clips"}', "data.sources.a='clips' is no map"),
+  ):
+    try:
+      code = report.main([f"--sources={given}"])
+    except SystemExit as end:
+      code = end.code
+    assert code == 2 and says in capsys.readouterr().err

@@ -2,13 +2,16 @@
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from configs import quickstart
 from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec
 from data_pipelines.sources.base import Sizes
 from data_pipelines.sources.synthetic import SyntheticSource
+from sora_jax import train, trained
 from sora_jax.packing.geometry import ClipSpec
 
 CONFIG = DataConfig(
@@ -109,6 +112,14 @@ def test_encoded_before_or_while_training(changes):
 def test_a_set_prepared_by_the_hash_alone():
   stored = Stored(SyntheticSource(10), Mean())
   assert len(make(stored, latents="mean-8x8x2")) == 10
+
+
+def test_no_samples_are_drawn_of_what_nothing_decodes(capsys):
+  config = quickstart.get_config("debug")
+  assert train.grids(config, make(SyntheticSource(8)), None, tokenize) == ()
+  assert "nothing decodes latents" in capsys.readouterr().err
+  with pytest.raises(ValueError, match="runs/a was trained on latents .data.latents=tests.latents_test:Mean"):
+    trained.require_pixels(SimpleNamespace(workdir="runs/a", data=CONFIG))
 
 
 def test_another_encoder_is_refused_in_one_line():

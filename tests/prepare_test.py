@@ -24,6 +24,9 @@ def caption(frames, captions):
 def score(frames, captions):
   return float(frames.mean())
 
+def nothing(frames, captions):
+  pass
+
 def fails(frames, captions):
   raise RuntimeError("no weights")
 
@@ -164,6 +167,11 @@ def test_hooks_that_are_wrong_say_so(tmp_path, hooks):
   data = make_set(tmp_path / "data", clips=1)
   for change, line in (
     ({"score": "my_hooks:fails"}, "my_hooks:fails fails on 0.mp4: RuntimeError: no weights"),
+    ({"score": "my_hooks:nothing"}, "my_hooks:nothing gives None for 0.mp4: a number is needed"),
+    (
+      {"caption": "my_hooks:nothing", "stages": ("probe", "caption", "write")},
+      "gives None for 0.mp4: a text or a list of texts",
+    ),
     ({"caption": "my_hooks:gone", "stages": ("probe", "caption", "write")}, "my_hooks has no gone"),
     (
       {"latents": "my_hooks:caption", "stages": ("probe", "encode_latents", "write")},
@@ -286,6 +294,8 @@ def test_any_source_can_be_prepared(tmp_path):
     ({"stages": ("write",)}, "probe cannot be left out"),
     ({"stages": ("probe", "caption")}, "caption needs --caption=module:function"),
     ({"stages": ("probe",), "text": "a:b"}, "--text is given and --stages lacks encode_text"),
+    ({"min_score": 2.0}, "--min_score=2 needs --score=module:function"),
+    ({"score": "a:b", "stages": ("probe",)}, "--score is given and --stages lacks filter"),
     ({"score": "a.b"}, "--score=a.b is no module:function"),
     ({"borders": "cut"}, "--borders=cut is none of crop, drop, keep"),
     ({"codec": "png"}, "--codec=png is none of jpeg, h264, raw"),

@@ -82,7 +82,10 @@ def main(argv: Sequence[str]) -> int:
   try:
     return _main(argv)
   except (ValueError, OSError) as e:
-    print(f"error: {str(e).replace('--config.data.', '--')}", file=sys.stderr)
+    text = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
+    for ours, here in (("--config.data.", "--"), ("data.source=", "--input=")):
+      text = text.replace(ours, here)
+    print(f"error: {text}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print("stopped: the same command goes on from here", file=sys.stderr)

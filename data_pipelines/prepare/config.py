@@ -131,6 +131,10 @@ def _check_stages(config: PrepareConfig) -> None:
   for stage in ALWAYS:
     if stage not in config.stages:
       raise ValueError(f"--stages: {stage} cannot be left out")
+  if config.min_score and not config.score:
+    raise ValueError(f"--min_score={config.min_score:g} needs --score=module:function")
+  if config.score and not config.has("filter"):
+    raise ValueError("--score is given and --stages lacks filter")
   for stage, key in HOOKS.items():
     if stage in config.stages and not getattr(config, key):
       raise ValueError(f"--stages: {stage} needs --{key}=module:function")

@@ -31,6 +31,26 @@ def call(name: str, where: str, *arguments: Any) -> Any:
     raise HookError(f"{name} fails on {where}: {type(e).__name__}: {e}") from e
 
 
+def score(name: str, where: str, frames_THWC: np.ndarray, captions: tuple[str, ...]) -> float:
+  made = call(name, where, frames_THWC, captions)
+  try:
+    return float(made)
+  except (TypeError, ValueError):
+    raise HookError(f"{name} gives {_shown(made)} for {where}: a number is needed") from None
+
+
+def captions(name: str, where: str, frames_THWC: np.ndarray, before: tuple[str, ...]) -> list[str]:
+  made = call(name, where, frames_THWC, before)
+  texts = [made] if isinstance(made, str) else made
+  if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+    raise HookError(f"{name} gives {_shown(made)} for {where}: a text or a list of texts is needed")
+  return list(texts)
+
+
+def _shown(value: Any) -> str:
+  return f"{type(value).__name__} {repr(value)[:40]}" if value is not None else "None"
+
+
 def encoder_hash(name: str) -> str:
   """`.hash` of an encoder: a text that changes when what it computes does."""
   mark = getattr(load(name), "hash", None)

@@ -199,7 +199,7 @@ def _filter(item: Item, medium: Medium, clip: dict[str, Any], part: Signals, con
     _borders(info.height, info.width, clip, part, config)
   if config.score:
     frames = _few_frames(medium, clip)
-    value = float(hooks.call(config.score, item.name, frames, item.captions))
+    value = hooks.score(config.score, item.name, frames, item.captions)
     values["score"] = round(value, 6)
     if not value >= config.min_score:  # a NaN is dropped too
       raise Dropped("score", f"{value:.3f}, --min_score={config.min_score:g}")

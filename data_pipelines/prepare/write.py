@@ -104,8 +104,7 @@ def make_record(sample: Sample, source: Any, config: PrepareConfig) -> tuple[byt
   frames = medium.read(spec, sample.start_s, sample.crop)
   texts = sample.item.captions
   if config.has("caption"):
-    made = hooks.call(config.caption, name, frames, texts)
-    texts = captions_lib.clean([made] if isinstance(made, str) else made)
+    texts = captions_lib.clean(hooks.captions(config.caption, name, frames, texts))
   record = {"id": sample.id, "captions": list(texts), **_picture(frames, sample, config)}
   if config.has("encode_text"):
     record["text_encoder"] = hooks.encoder_hash(config.text)

@@ -80,6 +80,7 @@ def main() -> int:
     raise ValueError(f"--noise_levels={FLAGS.noise_levels}: at t = 1 nothing of the clip is left")
   seeds = ladder.parse_seeds(FLAGS.seeds) if FLAGS.seeds else SEEDS
   run = trained.load(FLAGS.workdir)
+  trained.require_pixels(run)
   depth = run.model.denoiser.config.depth
   blocks = [int(b) for b in ladder.parse_numbers(FLAGS.blocks, "blocks")] if FLAGS.blocks else []
   blocks = blocks or list(range(1, depth + 1))
