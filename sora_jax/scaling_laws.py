@@ -118,7 +118,8 @@ def load(path: str, law: str, *, frontier: bool = False) -> Table:
 
 def describe(result: dict) -> str:
   lines = [f"{result['law']}: {result['form']}  ({result['num_runs']} runs)"]
-  letters = [key for key in result if key in result["intervals"]] or list(result)[2:8]
+  keys = list(result)
+  letters = keys[keys.index("form") + 1 : keys.index("intervals")]
   for letter in letters:
     value, ends = result[letter], result["intervals"].get(letter)
     if isinstance(value, float):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from sora_jax import scaling_laws
 from sora_jax.scaling import canvas, ladder, report, table
 
 HEAD = "params,tokens,loss"
@@ -82,3 +83,11 @@ def test_a_wide_interval_does_not_flatten_the_runs():
   axes.fill_between([1, 2], [1e-9] * 2, [1e9] * 2)
   canvas.hold_y(axes, np.array([1.0, 2.0]), np.array([1.5]))
   np.testing.assert_allclose(axes.get_ylim(), (0.5, 4.0))
+
+
+def test_what_is_printed_are_the_letters_of_the_law(tmp_path):
+  runs = table.read(written(tmp_path / "a.csv"))
+  for num in (0, 20):
+    fitted = report.fit("power", runs, num=num)
+    text = scaling_laws.describe(report.summary("power", runs, fitted, num=num, seed=0))
+    assert [line.split()[0] for line in text.splitlines()[1:4]] == ["a", "b", "largest"]
