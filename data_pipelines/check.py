@@ -15,7 +15,7 @@ import numpy as np
 
 from data_pipelines.cli import add_arguments, new_parser, parse
 from data_pipelines.config import DataConfig
-from data_pipelines.sources.base import SampleInfo, Sizes, UnreadableError
+from data_pipelines.sources.base import SampleInfo, Sizes, UnreadableError, faults_of
 from data_pipelines.sources.registry import build_source
 from sora_jax.packing.geometry import ClipSpec
 
@@ -56,6 +56,7 @@ def check_source(source: Any, *, samples: int = 32, captions_optional: bool = Fa
     return
   if not isinstance(source.name, str) or not source.name:
     yield f"name is {source.name!r}, no text"
+  yield from faults_of(source)
   count = len(source)
   if count < 1:
     yield "the source has no samples"

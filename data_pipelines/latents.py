@@ -75,6 +75,7 @@ class EncodedSource:
       "parts",
       "names",
       "places",
+      "faults",
       "text_encoder_hash",
       "text_encoder_hashes",
       "text",

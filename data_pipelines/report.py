@@ -1,6 +1,7 @@
 """python -m data_pipelines.report --source=PATH [--row_tokens=512 ...]: what a data set holds.
 
-Takes the keys of `config.data`. Text is counted in words; a run counts the tokens of its own vocabulary.
+Takes the keys of `config.data`. Text is counted in words; a run counts the tokens of its own vocabulary. Exit
+code 1 where shards are missing.
 """
 
 import json
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 
 from data_pipelines.cli import add_arguments, new_parser, parse
 from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec, build_source
+from data_pipelines.sources.base import faults_of
 from data_pipelines.texts import reader
 
 
@@ -21,12 +23,16 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     config = DataConfig(**arguments)
     count = reader(config, str.split)
-    report = Pipeline(build_source(config), config, batch_spec(config), count, split="all").report()
+    source = build_source(config)
+    report = Pipeline(source, config, batch_spec(config), count, split="all").report()
+    faults = list(faults_of(source))
   except ValueError as e:
     print(f"error: {e}", file=sys.stderr)
     return 2
   print(json.dumps(report.as_dict()) if as_json else report)
-  return 0
+  for line in faults:
+    print(f"wrong: {line}", file=sys.stderr)
+  return 1 if faults else 0
 
 
 if __name__ == "__main__":

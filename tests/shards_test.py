@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from array_record.python import array_record_module
 
-from data_pipelines import check, clip_codec, shard_bytes, shard_records
+from data_pipelines import check, clip_codec, report, shard_bytes, shard_records
 from data_pipelines.parts import UnreadableError
 from data_pipelines.pipeline import DataConfig, Pipeline, batch_spec, build_source
 from data_pipelines.sources import shards
@@ -258,6 +258,32 @@ def test_latents_of_other_channels_are_refused(latents):
   config = DataConfig(source=str(out), latents="pool-v1", latent_channels=4, patch=(1, 1, 1))
   with pytest.raises(ValueError, match="holds latents of 3 channels, data.latent_channels is 4"):
     Pipeline(build_source(config), config, batch_spec(config), str.split)
+
+
+@pytest.mark.parametrize("scheme", ["", "memory://"])
+def test_missing_shards_are_told(prepared, tmp_path, scheme, capsys):
+  out = tmp_path / "set"
+  shutil.copytree(prepared[1]["jpeg"], out)
+  address = f"{scheme}{out}"
+
+  def told():
+    if scheme:
+      fsspec.filesystem("memory").put(str(out) + "/", address + "/", recursive=True)
+    code = report.main([f"--source={address}", "--patch=1,8,8", "--row_tokens=2048", "--max_frames=4"])
+    err = capsys.readouterr().err
+    assert list(check.check_source(build_source(DataConfig(source=address)), samples=0)) or not code
+    return code, err
+
+  assert told() == (0, "")
+  first, second = sorted(out.glob("*/*.array_record"))[:2]
+  first.write_bytes(first.read_bytes()[:-1])
+  code, err = told()
+  names = [path.relative_to(out).as_posix() for path in (first, second)]
+  assert code == 1 and f"1 of 3 shards are missing or not of their size, {names[0]}: copy them again" in err
+  second.unlink()
+  if scheme:
+    fsspec.filesystem("memory").rm(f"{address}/{names[1]}")
+  assert f"2 of 3 shards are missing or not of their size, {names[0]}, {names[1]}: copy" in told()[1]
 
 
 def test_a_set_that_is_not_finished_says_so(prepared, tmp_path):

@@ -143,6 +143,11 @@ def places_of(source: Source) -> np.ndarray:
   return np.fromiter(map(place_of, names_of(source)), np.uint64, len(source))
 
 
+def faults_of(source: Source) -> Iterator[str]:
+  """Lines on what a source finds wrong with itself where it is asked."""
+  return source.faults() if callable(getattr(source, "faults", None)) else iter(())
+
+
 def names_of(source: Source) -> Iterator[str]:
   """Of all samples, in their order."""
   if callable(getattr(source, "names", None)):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from data_pipelines.config import DataConfig
-from data_pipelines.sources.base import SampleInfo, Sizes, Source, names_of, sizes_of
+from data_pipelines.sources.base import SampleInfo, Sizes, Source, faults_of, names_of, sizes_of
 from sora_jax.packing.geometry import ClipSpec
 
 # Of one source of a mixture; what it leaves out is as `config.data` says.
@@ -81,6 +81,10 @@ class MixedSource:
   def names(self) -> Iterator[str]:
     for (part, *_), source in zip(self.parts, self._sources):
       yield from (f"{part}/{name}" for name in names_of(source))
+
+  def faults(self) -> Iterator[str]:
+    for source in self._sources:
+      yield from faults_of(source)
 
   def load(self, i: int, spec: ClipSpec, start_s: float = 0.0) -> np.ndarray:
     p, k = self.place(i)

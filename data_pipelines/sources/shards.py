@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 import fsspec
@@ -35,7 +35,9 @@ def is_prepared(path: str) -> bool:
     folder = os.path.expanduser(path)
     is_whole = os.path.isfile(os.path.join(folder, ABOUT))
     if not is_whole and os.path.isdir(os.path.join(folder, STATE)):
-      raise ValueError(f"{path} holds shards that are not finished: run its preparation again, to the end")
+      raise ValueError(
+        f"{path} holds shards that are not finished: run its preparation again, the stage write too"
+      )
     return is_whole
   try:
     store, root = fsspec.url_to_fs(path)
@@ -114,6 +116,16 @@ class ShardSource:
       self._rows = shard_index.Rows(self._files.open(INDEX))
     row = self._rows[i]
     return row | {"scores": json.loads(row["scores"])}
+
+  def faults(self) -> Iterator[str]:
+    """A line for shards that are not there or not of their size; none is opened."""
+    shards = _about(self._files, self.name).get("shards") or []
+    sizes = self._files.sizes([shard["path"] for shard in shards])
+    if wrong := [s["path"] for s in shards if sizes.get(s["path"]) != s["bytes"]]:
+      yield (
+        f"{self.name}: {len(wrong)} of {len(shards)} shards are missing or not of their size, "
+        f"{paths.listed(wrong, 3)}: copy them again, or run the preparation again"
+      )
 
   def load(self, i: int, spec: ClipSpec, start_s: float = 0.0) -> np.ndarray:
     """uint8 (T, H, W, 3); of latents (T, h, w, C) as stored, float16 or bfloat16."""
@@ -196,6 +208,13 @@ class _Files:
   def size(self, name: str) -> int:
     with self._told(name):
       return self._remote.size(self._object(name)) if self._remote else os.path.getsize(self._local(name))
+
+  def sizes(self, names: Sequence[str]) -> dict[str, int]:
+    """Of those that are there."""
+    if self._remote:
+      found = self._remote.find(self._root, detail=True)
+      return {name: found[path]["size"] for name in names if (path := self._object(name)) in found}
+    return {name: os.path.getsize(path) for name in names if os.path.isfile(path := self._local(name))}
 
   def open(self, name: str) -> BinaryIO:
     with self._told(name):
