@@ -126,7 +126,7 @@ def test_given_tokens_condition_the_rest(setup):
 
 
 def test_nan_stays_within_the_tiles_of_its_sample():
-  """Samples that share no tile (256 queries by 512 keys) with a poisoned one come out as if it were sound."""
+  """Samples that share no tile (256 queries by 256 keys) with a poisoned one come out as if it were sound."""
   grids, spec = [(4, 8, 8), (2, 16, 16), (2, 10, 10)], dataclasses.replace(SPEC, tokens=1024)
   batch = spec.zeros()
   rng, start = np.random.default_rng(0), 0

@@ -20,7 +20,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 from sora_jax.nn import attention_context, attention_gpu, layout
-from sora_jax.nn.attention_chunked import chunked
+from sora_jax.nn.attention_chunked import ON_ACCELERATORS, chunked
 from sora_jax.nn.attention_dense import DENSE, attend_dense
 from sora_jax.nn.attention_pair import Pair, attend_with
 from sora_jax.nn.attention_tpu import tpu
@@ -72,7 +72,7 @@ def _backend(backend: str, q_BLKS: Array, k_BMKS: Array, num_segments: int):
   if backend == "dense" or (backend == "auto" and longest <= DENSE_UP_TO):
     return attend_dense, DENSE
   if backend in ("auto", "gpu") and not attention_gpu.refusal(q_BLKS.dtype, q_BLKS.shape[-1], num_segments):
-    return functools.partial(attention_gpu.attend_cudnn, num_segments=num_segments), chunked()
+    return functools.partial(attention_gpu.attend_cudnn, num_segments=num_segments), chunked(*ON_ACCELERATORS)
   pair = tpu() if backend == "tpu" else chunked()
   if backend == "auto":
     pair = _by_platform(longest <= DENSE_UP_TO_ON_GPU)
@@ -86,7 +86,7 @@ def _by_platform(short: bool) -> Pair:
   def pick(method):
     choices = {
       "tpu": getattr(tpu(everywhere=False), method),
-      "cuda": getattr(DENSE if short else chunked(), method),
+      "cuda": getattr(DENSE if short else chunked(*ON_ACCELERATORS), method),
       "default": getattr(chunked(), method),
     }
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from sora_jax.nn import attention_tiles as tiles_lib
 from sora_jax.nn import attention_tpu_kernels as kernels
-from sora_jax.nn.attention_chunked import chunked
+from sora_jax.nn.attention_chunked import ON_ACCELERATORS, chunked
 from sora_jax.nn.attention_pair import LOWEST, Pair
 from sora_jax.types import PADDING
 
@@ -156,12 +156,13 @@ def tpu(blocks: Blocks | None = None, max_tiles: int | None = None, *, everywher
   """
   assert blocks is None or not (blocks.q % 128 or blocks.k % 128)
   how = {"blocks": blocks, "max_tiles": max_tiles, "everywhere": everywhere}
+  fallback = chunked(*ON_ACCELERATORS)
 
   def forward(q, k, v, q_segment, k_segment, dtype):
-    return _run(_forward_kernels, chunked().forward, (q, k, v, q_segment, k_segment), dtype=dtype, **how)
+    return _run(_forward_kernels, fallback.forward, (q, k, v, q_segment, k_segment), dtype=dtype, **how)
 
   def backward(q, k, v, q_segment, k_segment, do, lse, delta, dtype):
     args = (q, k, v, q_segment, k_segment, do, lse, delta)
-    return _run(_backward_kernels, chunked().backward, args, dtype=dtype, **how)
+    return _run(_backward_kernels, fallback.backward, args, dtype=dtype, **how)
 
   return Pair(forward, backward)
