@@ -18,9 +18,11 @@ from jax import lax
 from sora_jax.nn.attention_pair import LOWEST, Pair, attend_with
 from sora_jax.types import PADDING, Array
 
-# On 2 CPU cores (6 heads of 64, fp32, forward and backward, 8 samples in a row of 2,048 or 8,192) tiles of
-# 256 keys take 0.57 and 0.72 of the CPU time of those of 512: their scores stay in the cache.
+# Over tiles of 256 x 512, on 2 idle CPU cores (6 heads of 64, fp32, forward and backward, taking turns):
+# 8 samples in 2,048 tokens take 0.60 of the time at 256 x 256, 0.83 at 512 x 256; 2 samples there, and 2 or 8
+# in 8,192 tokens, 1.09 and 0.82. Longer rows mostly hold longer samples.
 BLOCK_Q, BLOCK_K = 256, 256
+LONG, LONG_BLOCK_Q = 2048, 512
 ON_ACCELERATORS = (256, 512)  # not measured
 # A finite stand-in for minus infinity, below the initial running maximum LOWEST: exp(score - maximum) is
 # exactly 0 even for a query that has met no key yet.
@@ -59,7 +61,7 @@ def attend_chunked(
   q_segment_BL: Array,
   k_segment_BM: Array,
   *,
-  block_q: int = BLOCK_Q,
+  block_q: int = 0,
   block_k: int = BLOCK_K,
 ) -> Array:
   """Attention within segments; a query without keys (padding included) yields 0 and has no gradient."""
@@ -67,13 +69,14 @@ def attend_chunked(
 
 
 @functools.cache
-def chunked(block_q: int = BLOCK_Q, block_k: int = BLOCK_K) -> Pair:
-  """The backend at a size of tile, the same object for the same size."""
+def chunked(block_q: int = 0, block_k: int = BLOCK_K) -> Pair:
+  """The backend at a size of tile, the same object for the same; 0 queries = by the length of the row."""
   sizes = {"block_q": block_q, "block_k": block_k}
   return Pair(functools.partial(_forward, **sizes), functools.partial(_backward, **sizes))
 
 
 def _clip(q_BLKS, k_BMKS, block_q, block_k):
+  block_q = block_q or (BLOCK_Q if q_BLKS.shape[1] <= LONG else LONG_BLOCK_Q)
   return min(block_q, _round_up(q_BLKS.shape[1], 8)), min(block_k, _round_up(k_BMKS.shape[1], 8))
 
 
