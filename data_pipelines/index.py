@@ -59,8 +59,8 @@ def _key(entry: Entry, decode_limit_s: float) -> str:
     what = entry.span or _marked(entry.frames, entry.frame_bytes, entry.fps)
     return f"{_VERSION}:{decode_limit_s:g}:{what}:{entry.path}"
   try:
-    paths = [os.path.join(entry.path, name) for name in entry.frames] or [entry.path]
-    files = [os.stat(path) for path in paths]
+    names = [os.path.join(entry.path, name) for name in entry.frames] or [entry.path]
+    files = [os.stat(name) for name in names]
     state = ":".join(f"{s.st_size}:{s.st_mtime_ns}" for s in files)
   except OSError:
     state = "gone"

@@ -9,6 +9,7 @@ from data_pipelines.config import DataConfig
 from data_pipelines.prepare import tasks
 from data_pipelines.prepare.config import PrepareConfig
 from data_pipelines.prepare.run import prepare
+from sora_jax.packing.geometry import ClipSpec
 
 SMALL = {"resolutions": (32,), "multiple": 16, "durations": (1, 9), "shard_samples": 2, "min_duration": 0.4}
 STAGES = ("probe", "cut", "filter", "dedup", "resize", "write")
@@ -59,3 +60,8 @@ def contents(out: Path) -> dict[str, bytes]:
   """What a preparation is judged by: shards, index, description."""
   files = sorted(p for p in out.rglob("*") if p.is_file() and ".prepare" not in p.parts)
   return {str(p.relative_to(out)): p.read_bytes() for p in files if p.name != "report.html"}
+
+
+def whole(source, i):
+  info = source.info(i)
+  return source.load(i, ClipSpec(info.num_frames, info.height, info.width, info.fps))

@@ -18,8 +18,7 @@ from data_pipelines.parts import UnreadableError
 from data_pipelines.pipeline import DataConfig, build_source
 from data_pipelines.sources import paths, shard_index, shards
 from data_pipelines.sources.shards import ShardSource
-from sora_jax.packing.geometry import ClipSpec
-from tests.prepared import make_set, run_inline
+from tests.prepared import make_set, run_inline, whole
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +26,6 @@ def prepared(tmp_path_factory):
   folder = tmp_path_factory.mktemp("prepared")
   run_inline(make_set(folder / "data", clips=5), folder / "out", stages=("probe", "write"), codec="jpeg")
   return folder / "out"
-
-
-def whole(source, i):
-  info = source.info(i)
-  return source.load(i, ClipSpec(info.num_frames, info.height, info.width, info.fps))
 
 
 def test_little_of_the_index_stays_in_memory(prepared):

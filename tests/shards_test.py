@@ -18,7 +18,7 @@ from data_pipelines.sources.files import FileSource
 from data_pipelines.sources.shards import ShardSource
 from sora_jax.packing.geometry import ClipSpec
 from tests.batches import assert_same, take
-from tests.prepared import make_set, moving, run_inline
+from tests.prepared import make_set, moving, run_inline, whole
 
 ENCODER = """
 class Pool:
@@ -58,11 +58,6 @@ def latents(tmp_path_factory):
 
 def tokenize(text: str) -> list[int]:
   return [1] * len(text.split())
-
-
-def whole(source, i):
-  info = source.info(i)
-  return source.load(i, ClipSpec(info.num_frames, info.height, info.width, info.fps))
 
 
 @pytest.mark.parametrize("codec,error", [("raw", 0), ("jpeg", 2.0), ("h264", 2.5)])

@@ -4,7 +4,6 @@ A shard is finished where its note in .prepare/shards says so, with its mark and
 aside, flushed to disk and renamed before that, so that no half of one ever has its name.
 """
 
-import hashlib
 import json
 import os
 import zlib
@@ -89,11 +88,8 @@ def note_path(out: Path, key: str) -> Path:
 
 
 def checksum(path: Path) -> str:
-  digest = hashlib.blake2b(digest_size=16)
   with open(path, "rb") as f:
-    while block := f.read(2**22):
-      digest.update(block)
-  return digest.hexdigest()
+    return shard_bytes.digest_file(f)
 
 
 def make_record(sample: Sample, source: Any, config: PrepareConfig) -> tuple[bytes, dict[str, Any]]:

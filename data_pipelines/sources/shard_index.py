@@ -188,11 +188,12 @@ def _check(table: pa.Table) -> None:
 
 def _numbered(column: pa.Array, shards: dict[str, int]) -> np.ndarray:
   encoded = column.dictionary_encode()
-  for name in encoded.dictionary.to_pylist():
+  names = encoded.dictionary.to_pylist()
+  for name in names:
     parts = name.split("/")
     if len(parts) != 2 or any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts):
       raise ValueError(f"names a shard {name[:80]!r}: not within the set")
-  numbers = [shards.setdefault(name, len(shards)) for name in encoded.dictionary.to_pylist()]
+  numbers = [shards.setdefault(name, len(shards)) for name in names]
   return np.array(numbers, np.int32)[encoded.indices.to_numpy()]
 
 

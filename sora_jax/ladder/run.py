@@ -68,10 +68,11 @@ def main() -> int:
   if not FLAGS.plan:
     raise ValueError("--plan is missing: the plan.json that `plan` wrote")
   plan, todo = places(FLAGS.plan, FLAGS.runs_dir)
-  base = Path(FLAGS.plan).parent / BASE
+  path = Path(FLAGS.plan).parent / BASE
+  base = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
   for place in todo:
-    if base.is_file():
-      check_overrides(place.run, json.loads(base.read_text(encoding="utf-8")))
+    if base is not None:
+      check_overrides(place.run, base)
     changed(place)
   if FLAGS.launcher:
     return launch(plan, todo)

@@ -75,8 +75,13 @@ def chunked(block_q: int = 0, block_k: int = BLOCK_K) -> Pair:
   return Pair(functools.partial(_forward, **sizes), functools.partial(_backward, **sizes))
 
 
+def standard_block_q(tokens: int) -> int:
+  """Of a row of so many."""
+  return BLOCK_Q if tokens <= LONG else LONG_BLOCK_Q
+
+
 def _clip(q_BLKS, k_BMKS, block_q, block_k):
-  block_q = block_q or (BLOCK_Q if q_BLKS.shape[1] <= LONG else LONG_BLOCK_Q)
+  block_q = block_q or standard_block_q(q_BLKS.shape[1])
   return min(block_q, _round_up(q_BLKS.shape[1], 8)), min(block_k, _round_up(k_BMKS.shape[1], 8))
 
 

@@ -49,12 +49,12 @@ def resolve_attention(config: ml_collections.ConfigDict) -> None:
     config.model.attention = "tpu" if "tpu" in attention.BACKENDS else "chunked"
 
 
-def attention_tile(backend: str, mesh: Mesh) -> tuple[int, int]:
+def attention_tile(backend: str, mesh: Mesh, row_tokens: int) -> tuple[int, int]:
   """Queries and keys that attention computes or skips together on the devices of the mesh."""
   if backend == "gpu":
     return gpu.TILE
   if backend != "tpu":
-    return attention_chunked.BLOCK_Q, attention_chunked.BLOCK_K
+    return attention_chunked.standard_block_q(row_tokens), attention_chunked.BLOCK_K
   blocks = attention_tpu.blocks_for(mesh.devices.flat[0].device_kind)
   return blocks.q, attention_tiles.keys_at_once(blocks.k)
 

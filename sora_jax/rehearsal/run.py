@@ -85,7 +85,7 @@ def _rehearse(
   program.resolve_attention(config)
   model = registry.section(DiTConfig, config, "model")
   sizes = registry.section(RehearseConfig, config, "rehearse").mix
-  tile = program.attention_tile(model.attention, mesh)
+  tile = program.attention_tile(model.attention, mesh, spec.tokens)
   counted = mix.count(sizes, spec, patch, width=model.width, tile=tile)
   shape = dict(mesh.shape)
   accumulate = config.train.accumulate if mode == "train" else 1

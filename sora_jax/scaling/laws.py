@@ -226,8 +226,9 @@ def _chinchilla_starts(variables, target):
 
 def _chinchilla_box(variables, target):
   del variables
-  low = [target.min() - 12, target.min() - 20, target.min() - 20, *EXPONENTS[:1] * 2]
-  return low, [target.max(), target.max() + 5, target.max() + 5, *EXPONENTS[1:] * 2]
+  least, most = EXPONENTS
+  low = [target.min() - 12, target.min() - 20, target.min() - 20, least, least]
+  return low, [target.max(), target.max() + 5, target.max() + 5, most, most]
 
 
 def _chinchilla_letters(theta, shift):
